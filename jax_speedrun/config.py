@@ -1,0 +1,212 @@
+"""What is trained: the recipe's numbers, the presets, and the peak rates of the devices it runs on.
+
+`sub3min` is the record of 16 January 2025; the other presets differ only in
+what their definition below names.
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+import jax
+
+from .errors import UsageError
+from .kernels.attention import Implementation, resolve_implementation
+from .kernels.block_mask import BLOCK_SIZE
+from .kernels.head_loss import HeadPrecision, fp8_supported
+
+ComputeDtype = Literal["bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of the model."""
+
+    vocabulary: int = 50257
+    padded_vocabulary: int = 50304
+    layers: int = 12
+    width: int = 768
+    heads: int = 6
+    head_width: int = 128
+    mlp_width: int = 3072
+    long_layers: tuple[int, ...] = (0, 4, 11)
+    """Layers that attend with the long window; all others take the short one."""
+    attention_free_layers: tuple[int, ...] = (7,)
+    value_embedding_tables: int = 3
+    """Tables added to the values of the first and, again, of the last so many layers."""
+    table_dtype: ComputeDtype = "bfloat16"
+    """Storage of the four embedding tables and of their Adam moments."""
+    compute_dtype: ComputeDtype = "bfloat16"
+    head_precision: HeadPrecision = "fp8"
+    """Rounding of the head's matmuls in training."""
+    evaluation_precision: HeadPrecision = "bfloat16"
+    """The same in evaluation and sampling."""
+
+    def value_embedding_of(self, layer: int) -> int | None:
+        """Which value-embedding table layer `layer` mixes into its values, if any."""
+        from_end = layer - (self.layers - self.value_embedding_tables)
+        if layer < self.value_embedding_tables:
+            return layer
+        return from_end if from_end >= 0 else None
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that every token multiplies: hidden matrices and head, without the tables."""
+        channels = self.heads * self.head_width
+        attention = (self.layers - len(self.attention_free_layers)) * 4 * channels * self.width
+        return attention + self.layers * 2 * self.mlp_width * self.width + self.padded_vocabulary * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates, and how they and the attention window move over the run."""
+
+    muon_learning_rate: float = 0.05
+    head_learning_rate: float = 0.008
+    embedding_learning_rate: float = 0.6
+    scalar_learning_rate: float = 0.04
+    cooldown_fraction: float = 0.4
+    """The last part of the run, over which the learning rates fall linearly ..."""
+    final_learning_rate: float = 0.1
+    """... to this fraction of themselves."""
+    momentum_warmup_steps: int = 300
+    """Muon's momentum goes from 0.85 to 0.95 over so many steps."""
+    window_tokens: int = 1728
+    """The attention window grows linearly from 0 to this, rounded up to whole blocks of 128."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run, fully resolved: what config.json records and a checkpoint must agree with."""
+
+    preset: str
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 1385
+    sequences: int = 8
+    """Sequences a step, over all devices."""
+    sequence_length: int = 65536
+    validation_tokens: int = 10_485_760
+    validation_every: int = 125
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    epochs: int = 1
+    """How often the data may be gone through."""
+    seed: int = 0
+    attention: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length <= 0 or self.sequence_length % BLOCK_SIZE:
+            raise UsageError(
+                f"--sequence-length must be a positive multiple of {BLOCK_SIZE}, got {self.sequence_length}"
+            )
+        for option, value in (
+            ("--steps", self.steps),
+            ("--sequences", self.sequences),
+            ("--validation-every", self.validation_every),
+            ("--epochs", self.epochs),
+        ):
+            if value < 1:
+                raise UsageError(f"{option} must be at least 1, got {value}")
+        if self.checkpoint_every < 0:
+            raise UsageError(f"--checkpoint-every must be 0 (at the end only) or more, got {self.checkpoint_every}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences * self.sequence_length
+
+
+_TINY_MODEL = ModelConfig(
+    layers=6,
+    width=64,
+    heads=2,
+    head_width=32,
+    mlp_width=256,
+    long_layers=(0, 2, 5),
+    attention_free_layers=(3,),
+    table_dtype="float32",
+    compute_dtype="float32",
+    head_precision="float32",
+    evaluation_precision="float32",
+)
+
+PRESETS = {
+    "sub3min": Config("sub3min"),
+    "eighth": Config("eighth", sequences=1),
+    "tiny": Config(
+        "tiny",
+        model=_TINY_MODEL,
+        optimizer=OptimizerConfig(window_tokens=640, momentum_warmup_steps=30),
+        steps=50,
+        sequence_length=1024,
+        validation_tokens=65536,
+        validation_every=10,
+        checkpoint_every=25,
+    ),
+}
+"""`sub3min`: the record. `eighth`: one of its eight sequences a step. `tiny`: every part of it on two CPU cores."""
+
+
+def resolve(config: Config, device: jax.Device) -> Config:
+    """The run as `device` can do it: FP8 emulated where the hardware lacks it, `auto` attention named."""
+    model = config.model
+    if model.head_precision == "fp8" and not fp8_supported(device):
+        model = dataclasses.replace(model, head_precision="fp8_emulated")
+    return dataclasses.replace(config, model=model, attention=resolve_implementation(config.attention))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`."""
+
+    def build[T](kind: type[T], values: dict[str, Any]) -> T:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    nested = {
+        "model": build(ModelConfig, values["model"]),
+        "optimizer": build(OptimizerConfig, values["optimizer"]),
+    }
+    return build(Config, {**values, **nested})
+
+
+RUN_FIELDS = frozenset({"preset", "attention", "checkpoint_every", "validation_every", "validation_tokens"})
+"""Fields that may change when a run is resumed; all others are the recipe."""
+
+
+def recipe_differences(saved: Config, wanted: Config) -> list[str]:
+    """The fields of the recipe in which two runs differ, as `name (saved -> wanted)`."""
+
+    def flat(config: Config) -> dict[str, object]:
+        values = to_dict(config)
+        nested = {f"{group}.{k}": v for group in ("model", "optimizer") for k, v in values.pop(group).items()}
+        return {k: v for k, v in {**values, **nested}.items() if k not in RUN_FIELDS}
+
+    old, new = flat(saved), flat(wanted)
+    return [f"{name} ({old[name]} -> {new[name]})" for name in old if old[name] != new[name]]
+
+
+PEAK_BF16_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""Dense bfloat16 rate with float32 accumulation, TFLOP/s, from the vendor's data sheets; first match counts."""
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Datasheet FLOP/s of one device in bfloat16, or None where the table has none."""
+    for name, tflops in PEAK_BF16_TFLOPS.items():
+        if name.lower() in device.device_kind.lower():
+            return tflops * 1e12
+    return None

@@ -1,0 +1,188 @@
+"""The U-net GPT of the record, in Flax NNX: one sequence of T tokens in, its mean loss out.
+
+Names carry shapes: T tokens, D model width, H heads, K head width, F MLP width,
+V vocabulary, C = H K. Matrices are stored (out, in), as the record does: Muon's
+scale depends on which side is which.
+
+Source: NanoGPT speedrun record of 16 January 2025; `ModelConfig` holds its numbers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from .config import ModelConfig
+from .kernels.attention import Implementation, block_sparse_attention
+from .kernels.block_mask import BlockMask, long_short_masks
+from .kernels.embedding import embed
+from .kernels.head_loss import HeadPrecision, head_logits, head_loss
+
+ATTENTION_SCALE = 0.12
+NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
+ROTARY_BASE = 1024
+
+
+def norm(x: Array) -> Array:
+    """RMS norm over the last axis without weights, computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPSILON)).astype(x.dtype)
+
+
+def rotary_angles(tokens: int, head_width: int) -> Array:
+    """Half-truncated rotary angles (T, K / 2): the upper half of the frequencies is 0 (no rotation)."""
+    rotated = head_width // 4
+    frequencies = (1 / ROTARY_BASE) ** jnp.linspace(0, 1, rotated, dtype=jnp.float32)
+    frequencies = jnp.concatenate([frequencies, jnp.zeros(rotated, jnp.float32)])
+    return jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies
+
+
+def rotate(x_THK: Array, angles: Array) -> Array:
+    """Rotate the pairs (first half, second half) of every head by `angles` (T, K / 2), in float32."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second = jnp.split(x_THK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+    return rotated.astype(x_THK.dtype)
+
+
+def mix(weights: Array, *values: Array) -> Array:
+    """sum_i weights[i] values[i] in float32, in the values' dtype."""
+    total = sum(weight * value.astype(jnp.float32) for weight, value in zip(weights, values, strict=True))
+    return jnp.asarray(total).astype(values[0].dtype)
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """x W^T with W stored (out, in), in x's dtype."""
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def uniform_matrix(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
+    """Uniform with standard deviation 0.5 / sqrt(fan_in), fan_in being the last axis."""
+    bound = math.sqrt(3) * 0.5 / math.sqrt(shape[-1])
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+class Attention(nnx.Module):
+    """Merged QKV, normalised and rotated q and k, values mixed with the token's value embedding."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.heads = config.heads
+        channels = config.heads * config.head_width
+        self.qkv_3DD = nnx.Param(uniform_matrix(rngs, (3, channels, config.width)))
+        self.lambdas = nnx.Param(jnp.array([0.5, 0.5], jnp.float32))
+        self.out_DD = nnx.Param(jnp.zeros((config.width, channels), jnp.float32))
+
+    def __call__(
+        self,
+        x_TD: Array,
+        value_embedding_TC: Array | None,
+        mask: BlockMask,
+        angles: Array,
+        implementation: Implementation,
+    ) -> Array:
+        qkv_TC = linear(x_TD, self.qkv_3DD[...].reshape(-1, x_TD.shape[-1]))
+        q_TC, k_TC, v_TC = jnp.split(qkv_TC, 3, axis=-1)
+        if value_embedding_TC is None:
+            v_TC = mix(self.lambdas[:1], v_TC)
+        else:
+            v_TC = mix(self.lambdas[...], v_TC, value_embedding_TC)
+        q_THK, k_THK, v_THK = (x.reshape(x.shape[0], self.heads, -1) for x in (q_TC, k_TC, v_TC))
+        q_THK, k_THK = rotate(norm(q_THK), angles), rotate(norm(k_THK), angles)
+        y_THK = block_sparse_attention(
+            q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation
+        )
+        return linear(y_THK.reshape(v_TC.shape), self.out_DD[...])
+
+
+class MLP(nnx.Module):
+    """D -> F, relu squared, F -> D."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.fc_FD = nnx.Param(uniform_matrix(rngs, (config.mlp_width, config.width)))
+        self.proj_DF = nnx.Param(jnp.zeros((config.width, config.mlp_width), jnp.float32))
+
+    def __call__(self, x_TD: Array) -> Array:
+        hidden_TF = jax.nn.relu(linear(x_TD, self.fc_FD[...]))
+        return linear(hidden_TF * hidden_TF, self.proj_DF[...])
+
+
+class Block(nnx.Module):
+    """The residual stream is mixed with the embedding x0, then attention (if any) and MLP add to it."""
+
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+        self.lambdas = nnx.Param(jnp.array([1.0, 0.0], jnp.float32))
+        self.attention = None if layer in config.attention_free_layers else Attention(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x_TD: Array,
+        x0_TD: Array,
+        value_embedding_TC: Array | None,
+        mask: BlockMask,
+        angles: Array,
+        implementation: Implementation,
+    ) -> Array:
+        x_TD = mix(self.lambdas[...], x_TD, x0_TD)
+        if self.attention is not None:
+            x_TD = x_TD + self.attention(norm(x_TD), value_embedding_TC, mask, angles, implementation)
+        return x_TD + self.mlp(norm(x_TD))
+
+
+class GPT(nnx.Module):
+    """The whole model. Parameters: `embed`, `value_embeds`, `blocks`, `skip_weights`, `head`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        channels = config.heads * config.head_width
+
+        def table(width: int) -> nnx.Param:
+            values = jax.random.normal(rngs.params(), (config.vocabulary, width), jnp.float32)
+            return nnx.Param(values.astype(config.table_dtype))
+
+        self.embed = table(config.width)
+        self.value_embeds = nnx.List([table(channels) for _ in range(config.value_embedding_tables)])
+        self.blocks = nnx.List([Block(config, layer, rngs) for layer in range(config.layers)])
+        self.skip_weights = nnx.Param(jnp.ones(config.layers // 2, jnp.float32))
+        self.head = nnx.Param(jnp.zeros((config.padded_vocabulary, config.width), jnp.float32))
+
+    def hidden(self, tokens_T: Array, window_blocks: Array, implementation: Implementation) -> Array:
+        """The normalised output of the last layer, (T, D), in the compute dtype."""
+        config = self.config
+        long_mask, short_mask = long_short_masks(tokens_T, window_blocks)
+        angles = rotary_angles(tokens_T.shape[0], config.head_width)
+        values = [embed(table[...], tokens_T).astype(config.compute_dtype) for table in self.value_embeds]
+        x_TD = x0_TD = norm(embed(self.embed[...], tokens_T).astype(config.compute_dtype))
+
+        skips: list[Array] = []
+        half = config.layers // 2
+        for layer, block in enumerate(self.blocks):
+            if layer >= half:
+                x_TD = mix(jnp.stack([jnp.float32(1), self.skip_weights[layer - half]]), x_TD, skips.pop())
+            table_index = config.value_embedding_of(layer)
+            value_embedding_TC = None if table_index is None else values[table_index]
+            mask = long_mask if layer in config.long_layers else short_mask
+            x_TD = block(x_TD, x0_TD, value_embedding_TC, mask, angles, implementation)
+            if layer < half:
+                skips.append(x_TD)
+        return norm(x_TD)
+
+    def loss(
+        self,
+        tokens_T: Array,
+        targets_T: Array,
+        window_blocks: Array,
+        *,
+        implementation: Implementation = "auto",
+        head_precision: HeadPrecision,
+    ) -> Array:
+        """Mean cross-entropy in nats of `targets_T` after each of `tokens_T`, a float32 scalar."""
+        x_TD = self.hidden(tokens_T, window_blocks, implementation)
+        return head_loss(x_TD, self.head[...], targets_T, head_precision)
+
+    def logits(self, tokens_T: Array, window_blocks: Array, *, implementation: Implementation = "auto") -> Array:
+        """Capped logits (T, V padded) in float32, for sampling: small T only."""
+        x_TD = self.hidden(tokens_T, window_blocks, implementation)
+        return head_logits(x_TD, self.head[...], self.config.evaluation_precision)

@@ -1,0 +1,53 @@
+"""What a run will be, before anything is compiled: devices, batch layout, tokens, memory."""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from .config import Config
+from .model import GPT
+
+FLOAT32, BFLOAT16 = 4, 2
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+    """Several lines of text for `--dry-run`."""
+    device = mesh.devices.flat[0]
+    local = config.sequences // mesh.size
+    parameters, state_bytes = _state_bytes(config)
+    activation_bytes = _activation_bytes(config)
+    lines = [
+        f"preset:     {config.preset}",
+        f"devices:    {mesh.size} x {device.device_kind} ({device.platform}), mesh axis 'data'",
+        f"batch:      {config.sequences} sequence(s) of {config.sequence_length:,} tokens a step, "
+        f"{local} on each device" + (", one after the other" if local > 1 else ""),
+        f"tokens:     {config.tokens_per_step:,} a step x {config.steps:,} steps = "
+        f"{config.tokens_per_step * config.steps:,}",
+        f"model:      {parameters / 1e6:.1f} M parameters, of which {config.model.matmul_parameters / 1e6:.1f} M "
+        f"in matmuls; {6 * config.model.matmul_parameters * config.tokens_per_step / 1e12:.2f} TFLOP a step "
+        "without attention",
+        f"attention:  {config.attention}; head matmuls in {config.model.head_precision}",
+        f"memory:     about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: "
+        f"{state_bytes / 2**30:.1f} parameters, gradients and optimiser state, "
+        f"{activation_bytes / 2**30:.1f} activations of one sequence",
+    ]
+    return "\n".join(lines)
+
+
+def _state_bytes(config: Config) -> tuple[int, int]:
+    """Number of parameters, and the bytes of parameters, float32 gradients and moments."""
+    params = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0)))))
+    count = sum(p.size for p in params)
+    stored = sum(p.size * p.dtype.itemsize for p in params)
+    hidden = config.model.matmul_parameters - config.model.padded_vocabulary * config.model.width
+    moments = 2 * stored - hidden * FLOAT32  # Adam keeps two, Muon one
+    return count, stored + moments + count * FLOAT32
+
+
+def _activation_bytes(config: Config) -> int:
+    """What the backward pass of one sequence needs: an estimate that counts each block's large arrays."""
+    model = config.model
+    itemsize = BFLOAT16 if model.compute_dtype == "bfloat16" else FLOAT32
+    # Residual stream, its two norms, q, k, v before and after norm and rotary, attention's output; MLP twice.
+    per_token_and_layer = 4 * model.width + 6 * model.heads * model.head_width + 2 * model.mlp_width
+    return config.sequence_length * model.layers * per_token_and_layer * itemsize

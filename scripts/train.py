@@ -1,0 +1,120 @@
+"""Train the speedrun recipe: `python scripts/train.py --preset tiny`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+from jax_speedrun import checkpoint
+from jax_speedrun.config import PRESETS, Config, from_dict, recipe_differences, resolve
+from jax_speedrun.data import find_shards
+from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels.attention import Implementation
+from jax_speedrun.plan import describe
+from jax_speedrun.sharding import make_mesh, start_devices
+from jax_speedrun.train import DivergedError, train
+
+TINY_DATA = Path(__file__).resolve().parent.parent / "jax_speedrun" / "tiny"
+FINEWEB_DATA = Path("data/fineweb10B")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = p.add_argument_group("the run")
+    run.add_argument(
+        "--preset",
+        default=None,
+        help=f"auto (default), {', '.join(PRESETS)}: sub3min is the record; eighth one of its eight sequences a step, "
+        "for one GPU; tiny every part of it on two CPU cores; auto takes sub3min where a GPU and FineWeb shards are "
+        "found, else tiny",
+    )
+    run.add_argument("--mesh", type=int, metavar="N", help="devices (default: all that share the batch evenly); on a "
+                     "machine without a GPU, N virtual CPU devices")
+    run.add_argument("--data", type=Path, metavar="DIR", help=f"folder of *_train_*.bin and *_val_*.bin shards "
+                     f"(default: the tiny data in the package for tiny, else {FINEWEB_DATA})")
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<time>-<preset>)")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="go on from the last checkpoint of the run in DIR, "
+                     "with its recipe")
+    run.add_argument("--dry-run", action="store_true", help="print devices, batch layout, tokens and a memory "
+                     "estimate; compile and write nothing")
+    change = p.add_argument_group("changes to the preset")
+    change.add_argument("--steps", type=int, metavar="N")
+    change.add_argument("--seed", type=int, metavar="N", help="of the initial weights")
+    change.add_argument("--sequences", type=int, metavar="N", help="sequences a step, over all devices")
+    change.add_argument("--sequence-length", type=int, metavar="T", help="tokens a sequence, a multiple of 128")
+    change.add_argument("--epochs", type=int, metavar="N", help="how often the data may be gone through")
+    change.add_argument("--validation-every", type=int, metavar="N", help="steps between validations")
+    change.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints, 0: only at "
+                        "the end")
+    change.add_argument("--attention", choices=get_args(Implementation), help="attention implementation; auto "
+                        "(default) picks the fastest that runs here")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        _run(args)
+    except UsageError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    fields = {field.name for field in dataclasses.fields(Config)} - {"preset"}
+    changes = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    config = _resumed_config(args, changes) if args.resume else _preset(args, changes)
+    mesh = make_mesh(args.mesh, config.sequences)
+    config = resolve(config, mesh.devices.flat[0])
+    print(describe(config, mesh), flush=True)
+    if args.dry_run:
+        return
+    data = args.data or (TINY_DATA if config.preset == "tiny" else FINEWEB_DATA)
+    out = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+    print(f"data:       {data}\nrun:        {out}", flush=True)
+    train(config, mesh, data, out, resume=args.resume is not None)
+
+
+def _preset(args: argparse.Namespace, changes: dict[str, object]) -> Config:
+    name = args.preset or "auto"
+    if name == "auto":
+        name, why = _auto_preset(args)
+        print(f"preset auto: {name}, since {why}", flush=True)
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name}: unknown; choose one of auto, {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def _auto_preset(args: argparse.Namespace) -> tuple[str, str]:
+    device = start_devices(args.mesh)[0]
+    if device.platform != "gpu":
+        return "tiny", f"the device is a {device.platform}, not a GPU"
+    data = args.data or FINEWEB_DATA
+    try:
+        shards = [path for path in find_shards(data, "train") if path.name.startswith("fineweb")]
+    except UsageError:
+        shards = []
+    if not shards:
+        return "tiny", f"there are no FineWeb shards in {data} (scripts/prepare_data.py fineweb fetches them)"
+    return "sub3min", f"there is a GPU ({device.device_kind}) and {data} holds {len(shards)} FineWeb shards"
+
+
+def _resumed_config(args: argparse.Namespace, changes: dict[str, object]) -> Config:
+    if args.out is not None and args.out != args.resume:
+        raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder; leave out --out")
+    saved = from_dict(checkpoint.latest(args.resume)[1]["config"])
+    base = saved if args.preset in (None, "auto") else _preset(args, {"seed": saved.seed, "steps": saved.steps})
+    wanted = dataclasses.replace(base, **changes)
+    if differences := recipe_differences(saved, wanted):
+        raise UsageError(f"--resume {args.resume}: the checkpoint has another configuration: {'; '.join(differences)}")
+    return wanted
+
+
+if __name__ == "__main__":
+    sys.exit(main())
