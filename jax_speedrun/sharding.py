@@ -6,7 +6,7 @@ One axis, `data`: sequences are split over it, everything else is replicated.
 import os
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import UsageError
 
@@ -49,7 +49,7 @@ def make_mesh(devices: int | None, sequences: int) -> Mesh:
             f"({available[0].device_kind}); use --mesh {fitting}"
         )
     count = devices or fitting
-    return jax.make_mesh((count,), (DATA_AXIS,), devices=available[:count])
+    return jax.make_mesh((count,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=available[:count])
 
 
 def split_sequences(mesh: Mesh) -> NamedSharding:

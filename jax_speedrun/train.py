@@ -212,7 +212,8 @@ class _Loop:
         self.config, self.program, self.log, self.checkpoints, self.clock = config, program, log, checkpoints, clock
         self.split = split_sequences(mesh)
         self.devices = mesh.size
-        peak = peak_flops(mesh.devices.flat[0])
+        self.device = mesh.devices.flat[0]
+        peak = peak_flops(self.device)
         self.peak_flops = None if peak is None else peak * mesh.size
         self.validation = self._place_validation(*validation)
         self.pending: tuple[int, Metrics] | None = None
@@ -251,6 +252,8 @@ class _Loop:
             self._report()
             self.pending = step, metrics
         placed.close()
+        if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
+            print(f"peak memory: {peak / 2**30:.1f} GiB a device", flush=True)
         return val_loss
 
     def _report(self) -> None:

@@ -21,6 +21,7 @@ class HopperConfig:
     stages: int
     slots: int
     tiles: int
+    strided: bool = False
     compute_registers: int = 240
     producer_registers: int = 24
 

@@ -7,6 +7,7 @@ neither, so there a running sum is a float32 buffer and the product is
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS
+from .attention_hopper_config import COMPUTE_WARPGROUPS, PRODUCER, HopperConfig
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
@@ -58,4 +59,45 @@ def tile(*shape: int) -> pl.MemoryRef:
     """A bf16 shared-memory tile in the swizzled form that the copy engine writes and wgmma reads."""
     return plgpu.SMEM(
         shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+
+
+def split_roles(producer: Callable[[], None], consumer: Callable[[], None], config: HopperConfig) -> None:
+    """The last warpgroup copies, the others compute and take over most of its registers."""
+
+    @pl.when(lax.axis_index("warpgroup") == PRODUCER)
+    def _produce() -> None:
+        plgpu.set_max_registers(config.producer_registers, action="decrease")
+        producer()
+
+    @pl.when(lax.axis_index("warpgroup") != PRODUCER)
+    def _compute() -> None:
+        plgpu.set_max_registers(config.compute_registers, action="increase")
+        consumer()
+
+
+def launch(
+    body: Callable[..., None],
+    name: str,
+    out_type: Any,
+    scratch_types: dict[str, Any],
+    *,
+    programs: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A kernel over a line of programs, each of three warpgroups."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        # All barriers are explicit: no buffer is both read and written by one thread between them.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
     )

@@ -1,8 +1,8 @@
 """Block-sparse attention in plain JAX: the block lists walked with an online softmax, on any device.
 
-Query blocks are taken in groups. A group walks its lists in step: at step j
-every query block of the group meets its j-th key block, and the walk ends after
-the longest list of the group. So time and memory follow the visited blocks; a
+Query blocks are taken in groups. A group walks its lists in step, partial blocks
+first: at step j every query block of the group meets its j-th key block, and the
+walk ends after the longest list of the group. So time and memory follow the visited blocks; a
 (T, T) array never exists.
 
             key blocks ->                       step 0   step 1   step 2
@@ -85,21 +85,20 @@ def _walk[State](
     def walk_group(args: tuple[_Rows, BlockMask]) -> State:
         row, listed = args
 
-        def step(j: Array, state: State, counts_G: Array, indices_GB: Array, partial: bool) -> State:
-            column = jax.tree.map(lambda x: x[indices_GB[:, j]], columns)
-            visible_G1CC = (j < counts_G)[:, None, None, None]
-            if partial:
-                visible_G1CC = visible_G1CC & visible(row, column)
-            return visit(state, row, column, visible_G1CC)
+        def step(j: Array, state: State) -> State:
+            full_G = j >= listed.partial_counts
+            index_G = jnp.where(
+                full_G,
+                listed.full_indices[members, j - listed.partial_counts],
+                listed.partial_indices[:, j],
+            )
+            column = jax.tree.map(lambda x: x[index_G], columns)
+            visible_G1CC = visible(row, column) | full_G[:, None, None, None]
+            return visit(state, row, column, visible_G1CC & (j < counts_G)[:, None, None, None])
 
-        state = start(group)
-        for counts_G, indices_GB, partial in (
-            (listed.partial_counts, listed.partial_indices, True),
-            (listed.full_counts, listed.full_indices, False),
-        ):
-            body = functools.partial(step, counts_G=counts_G, indices_GB=indices_GB, partial=partial)
-            state = lax.fori_loop(0, jnp.max(counts_G), body, state)
-        return state
+        counts_G = listed.partial_counts + listed.full_counts
+        members = jnp.arange(group)
+        return lax.fori_loop(0, jnp.max(counts_G), step, start(group))
 
     block_lists = BlockMask(
         lists.partial_counts, lists.partial_indices, lists.full_counts, lists.full_indices, rows.document_GC

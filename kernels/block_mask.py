@@ -83,9 +83,7 @@ class BlockMask:
     def dense(self) -> Array:
         """The token-level (T, T) boolean matrix `visible[query, key]`. Small T only."""
         size = self.block_size
-        partial, full = (
-            jnp.repeat(jnp.repeat(blocks, size, axis=-2), size, axis=-1) for blocks in self.dense_blocks()
-        )
+        partial, full = (jnp.repeat(jnp.repeat(blocks, size, axis=-2), size, axis=-1) for blocks in self.dense_blocks())
         position = jnp.arange(self.documents.shape[-1])
         causal = position[:, None] >= position
         same_document = self.documents[..., :, None] == self.documents[..., None, :]
@@ -138,9 +136,7 @@ def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask
     query, key = block[:, None], block[None, :]
     shares_document = (first_document[:, None] <= last_document) & (first_document <= last_document[:, None])
     one_document = first_document == last_document
-    same_single_document = (
-        one_document[:, None] & one_document & (first_document[:, None] == first_document)
-    )
+    same_single_document = one_document[:, None] & one_document & (first_document[:, None] == first_document)
     visited = (query >= key) & shares_document
     full = (query > key) & same_single_document
 

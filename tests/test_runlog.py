@@ -149,6 +149,14 @@ def test_config_says_what_ran(tmp_path: Path) -> None:
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
 
 
+@given(values=st.lists(st.floats(0, 20), min_size=1, max_size=130))
+def test_smoothing_is_a_centred_mean(values: list[float]) -> None:
+    smoothed = runlog._smoothed(values)
+    for i, found in enumerate(smoothed):
+        reach = min(len(values) // 40, i, len(values) - 1 - i)
+        assert found == pytest.approx(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1), abs=1e-9)
+
+
 def test_loss_png_is_drawn_again_at_each_validation(tmp_path: Path) -> None:
     pictures = []
     with open_log(tmp_path) as log:

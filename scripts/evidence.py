@@ -1,0 +1,33 @@
+"""Statistics of finished runs from their logs: is the loss below the target, and how long did they take?"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jax_speedrun.errors import UsageError
+from jax_speedrun.evidence import TARGET, read_runs, report
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evidence.py", description=__doc__)
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.txt of a finished run, or its folder")
+    parser.add_argument(
+        "--versus", type=Path, nargs="+", default=[], metavar="LOG", help="a second group of runs to compare with"
+    )
+    parser.add_argument(
+        "--target", type=float, default=TARGET, metavar="LOSS", help="val loss to be below (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    print(report(read_runs(options.logs), read_runs(options.versus), options.target))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"evidence.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

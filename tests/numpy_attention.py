@@ -1,0 +1,59 @@
+"""Dense masked attention with its gradients in float64 NumPy, and random block masks: truth for every kernel."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_speedrun.kernels.block_mask import BlockMask
+
+Float = NDArray[np.float64]
+
+
+class Result(NamedTuple):
+    output: Float
+    dq: Float
+    dk: Float
+    dv: Float
+
+
+def dense_attention(q: Float, k: Float, v: Float, d_output: Float, visible: NDArray[np.bool_], scale: float) -> Result:
+    """Output and gradients for (T, H, K) inputs; rows that see nothing give 0."""
+    q, k, v, d_output = (np.asarray(x, np.float64) for x in (q, k, v, d_output))
+    scores = np.where(visible, scale * np.einsum("thk,shk->hts", q, k), -np.inf)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    output = np.einsum("hts,shk->thk", weights, v)
+    d_weights = np.einsum("thk,shk->hts", d_output, v)
+    d_scores = scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    return Result(
+        output,
+        np.einsum("hts,shk->thk", d_scores, k),
+        np.einsum("hts,thk->shk", d_scores, q),
+        np.einsum("hts,thk->shk", weights, d_output),
+    )
+
+
+def random_mask(
+    rng: np.random.Generator, blocks: int, block_size: int, density: float
+) -> tuple[BlockMask, NDArray[np.bool_]]:
+    """Lists with no structure at all (any key block, any order, some rows empty), and their token-level truth."""
+    kind = np.where(rng.random((blocks, blocks)) < density, rng.integers(1, 3, (blocks, blocks)), 0)
+    lists, blockwise = [], []
+    for wanted in (1, 2):
+        counts = (kind == wanted).sum(1)
+        indices = np.zeros((blocks, blocks), np.int32)
+        for row in range(blocks):
+            members = rng.permutation(np.flatnonzero(kind[row] == wanted))
+            rest = rng.integers(0, blocks, blocks - len(members))  # must be ignored
+            indices[row] = np.concatenate([members, rest])
+        lists += [jnp.asarray(counts, jnp.int32), jnp.asarray(indices, jnp.int32)]
+        blockwise.append(np.kron(kind == wanted, np.ones((block_size, block_size), bool)))
+    documents = np.cumsum(rng.random(blocks * block_size) < 0.1)
+    partial, full = blockwise
+    position = np.arange(blocks * block_size)
+    element_rule = (position[:, None] >= position) & (documents[:, None] == documents)
+    mask = BlockMask(lists[0], lists[1], lists[2], lists[3], jnp.asarray(documents, jnp.int32), block_size)
+    return mask, full | (partial & element_rule)

@@ -1,0 +1,69 @@
+"""Beside Hugging Face's `kernels` distribution (installed with the test dependencies) everything of ours works."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "jax_speedrun").glob("*.py")
+    if path.name != "__init__.py"
+) + sorted(f"jax_speedrun.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py"))
+
+
+def run_python(code, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # Safe path: the working directory is not searched, as in an installed environment.
+    command = [sys.executable, "-P", "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_other_kernels_distribution_is_installed():
+    assert importlib.metadata.version("kernels")
+    files = importlib.metadata.files("kernels") or []
+    assert any(file.parts[:2] == ("kernels", "__init__.py") for file in files)
+
+
+def test_all_of_ours_imports_and_the_name_kernels_stays_theirs(tmp_path):
+    imports = "\n".join(f"import {module}" for module in MODULES)
+    code = f"""
+import sys
+sys.path.append(sys.path.pop(sys.path.index({str(ROOT)!r})))  # our checkout after site-packages
+{imports}
+import kernels
+assert "site-packages" in kernels.__file__, kernels.__file__
+assert kernels.get_kernel  # theirs
+import jax_speedrun.kernels.attention as ours
+assert ours.block_sparse_attention
+"""
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_every_script_explains_itself(script, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_package_holds_its_kernels_and_data():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert packages == ["jax_speedrun", "jax_speedrun.kernels"]
+    assert (ROOT / "jax_speedrun" / "kernels").resolve() == ROOT / "kernels"
+    assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "tiny").iterdir()) < 3_000_000
