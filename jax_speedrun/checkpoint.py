@@ -66,6 +66,6 @@ def latest(run_directory: Path) -> tuple[int, Metadata]:
     raise UsageError(f"--resume {run_directory}: no complete checkpoint under {directory}; start the run anew")
 
 
-def abstract(state: object) -> object:
+def abstract[State](state: State) -> State:
     """Shapes, dtypes and shardings of `state`, as `Checkpoints.restore` wants them."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

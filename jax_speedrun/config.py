@@ -59,20 +59,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates, and how they and the attention window move over the run."""
+    """Learning rates, and what else moves over the run; the shapes of the schedules are in optimizer.py."""
 
     muon_learning_rate: float = 0.05
     head_learning_rate: float = 0.008
     embedding_learning_rate: float = 0.6
     scalar_learning_rate: float = 0.04
-    cooldown_fraction: float = 0.4
-    """The last part of the run, over which the learning rates fall linearly ..."""
-    final_learning_rate: float = 0.1
-    """... to this fraction of themselves."""
     momentum_warmup_steps: int = 300
     """Muon's momentum goes from 0.85 to 0.95 over so many steps."""
     window_tokens: int = 1728
     """The attention window grows linearly from 0 to this, rounded up to whole blocks of 128."""
+    newton_schulz_dtype: ComputeDtype = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +134,12 @@ PRESETS = {
         "tiny",
         model=_TINY_MODEL,
         # The narrow head needs larger steps to move its logits as far.
-        optimizer=OptimizerConfig(head_learning_rate=0.03, window_tokens=640, momentum_warmup_steps=20),
+        optimizer=OptimizerConfig(
+            head_learning_rate=0.03, momentum_warmup_steps=20, window_tokens=640, newton_schulz_dtype="float32"
+        ),
         steps=24,
         sequence_length=1024,
-        validation_tokens=32768,
+        validation_tokens=16384,
         validation_every=6,
         checkpoint_every=12,
     ),

@@ -94,8 +94,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            header.tofile(file)
-            tokens.astype("<u2", copy=False).tofile(file)
+            # Not ndarray.tofile: an interrupt inside of it comes out as a TypeError.
+            file.write(header)
+            file.write(np.ascontiguousarray(tokens, "<u2"))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

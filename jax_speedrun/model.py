@@ -90,9 +90,7 @@ class Attention(nnx.Module):
             v_TC = mix(self.lambdas[...], v_TC, value_embedding_TC)
         q_THK, k_THK, v_THK = (x.reshape(x.shape[0], self.heads, -1) for x in (q_TC, k_TC, v_TC))
         q_THK, k_THK = rotate(norm(q_THK), angles), rotate(norm(k_THK), angles)
-        y_THK = block_sparse_attention(
-            q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation
-        )
+        y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation)
         return linear(y_THK.reshape(v_TC.shape), self.out_DD[...])
 
 

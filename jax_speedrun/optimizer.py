@@ -18,7 +18,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_speedrun.kernels.block_mask import BLOCK_SIZE
+from .config import OptimizerConfig
+from .kernels.block_mask import BLOCK_SIZE
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 # A dtype instance, not `jnp.bfloat16`: the latter is callable, and
@@ -210,13 +211,13 @@ def learning_rate_factor(
     return weight + (1 - weight) * final
 
 
-def momentum_schedule(step: ArrayLike, warmup_steps: int = 300) -> Array:
+def momentum_schedule(step: ArrayLike, warmup_steps: int) -> Array:
     """Muon's momentum: linearly from 0.85 to 0.95 over `warmup_steps`, then constant."""
     fraction = jnp.minimum(jnp.asarray(step) / warmup_steps, 1)
     return 0.85 * (1 - fraction) + 0.95 * fraction
 
 
-def window_blocks(step: ArrayLike, steps: ArrayLike, final_window_tokens: int = 1728) -> Array:
+def window_blocks(step: ArrayLike, steps: ArrayLike, final_window_tokens: int) -> Array:
     """The long attention window at `step`, in blocks of 128 tokens: an int32 scalar, at least 1.
 
     The window is the next multiple of 128 at or above `final_window_tokens * step / steps`.
@@ -245,16 +246,7 @@ def parameter_labels(params: optax.Params) -> optax.Params:
     return jax.tree.map_with_path(label, params)
 
 
-def recipe_optimizer(
-    *,
-    steps: int,
-    muon_learning_rate: float = 0.05,
-    head_learning_rate: float = 0.008,
-    embedding_learning_rate: float = 0.6,
-    scalar_learning_rate: float = 0.04,
-    momentum_warmup_steps: int = 300,
-    newton_schulz_dtype: DTypeLike = BFLOAT16,
-) -> optax.GradientTransformation:
+def recipe_optimizer(rates: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Every parameter group with the record's optimiser and schedule, for a run of `steps` steps.
 
     The schedules count updates: update 0 is made with the values of step 0. The
@@ -265,14 +257,15 @@ def recipe_optimizer(
         return lambda step: peak * learning_rate_factor(step, steps)
 
     def momentum(step: ArrayLike) -> Array:
-        return momentum_schedule(step, momentum_warmup_steps)
+        return momentum_schedule(step, rates.momentum_warmup_steps)
 
+    dtype = jnp.dtype(rates.newton_schulz_dtype)
     return optax.partition(
         {
-            "hidden": muon(cooled(muon_learning_rate), momentum, dtype=newton_schulz_dtype),
-            "head": adam(cooled(head_learning_rate)),
-            "embeddings": adam(cooled(embedding_learning_rate)),
-            "scalars": adam(cooled(scalar_learning_rate)),
+            "hidden": muon(cooled(rates.muon_learning_rate), momentum, dtype=dtype),
+            "head": adam(cooled(rates.head_learning_rate)),
+            "embeddings": adam(cooled(rates.embedding_learning_rate)),
+            "scalars": adam(cooled(rates.scalar_learning_rate)),
         },
         parameter_labels,
     )

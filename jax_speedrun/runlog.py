@@ -244,7 +244,7 @@ def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Mean of each value and its neighbours, as many on both sides, which unlike an average of the past does not lag."""
+    """Mean of each value and as many neighbours on either side: unlike an average of the past, it does not lag."""
     count = len(values)
     index = np.arange(count)
     reach = np.minimum(count // 40, np.minimum(index, count - 1 - index))

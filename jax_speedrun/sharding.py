@@ -3,6 +3,7 @@
 One axis, `data`: sequences are split over it, everything else is replicated.
 """
 
+import contextlib
 import os
 
 import jax
@@ -18,10 +19,9 @@ def start_devices(count: int | None) -> list[jax.Device]:
 
     Must come before JAX's first computation: it starts the backends.
     """
-    try:
+    # Once JAX has started the number is fixed, and what there is has to do.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count or min(os.cpu_count() or 1, 8))
-    except RuntimeError:
-        pass  # JAX has started already; what it has is what there is
     return jax.devices()
 
 

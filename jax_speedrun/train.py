@@ -56,24 +56,22 @@ class Program(NamedTuple):
     evaluate: (TrainState, tokens_NT, targets_NT, weights_N) -> weighted mean loss.
     """
 
-    init: Callable[..., TrainState]
-    train_step: Callable[..., tuple[TrainState, Metrics]]
-    evaluate: Callable[..., Array]
+    init: jax.stages.Wrapped
+    train_step: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
 
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Build the functions of a run. Nothing is compiled yet."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0))))
-    optimizer = recipe_optimizer(steps=config.steps)
+    optimizer = recipe_optimizer(config.optimizer, config.steps)
     replicated, split = replicate(mesh), split_sequences(mesh)
 
     def sequence_loss(
         params: Params, tokens_T: Array, targets_T: Array, window: Array, precision: HeadPrecision
     ) -> Array:
         model: GPT = nnx.merge(graph, params)
-        return model.loss(
-            tokens_T, targets_T, window, implementation=config.attention, head_precision=precision
-        )
+        return model.loss(tokens_T, targets_T, window, implementation=config.attention, head_precision=precision)
 
     def init() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(GPT(config.model, nnx.Rngs(config.seed))))
@@ -102,9 +100,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             total, _ = jax.lax.scan(add, (jnp.float32(0), zeros), (tokens_NT, targets_NT))
         return jax.lax.pmean(jax.tree.map(lambda x: x / sequences, total), DATA_AXIS)
 
-    def total_loss(
-        params: Params, tokens_NT: Array, targets_NT: Array, weights_N: Array, window: Array
-    ) -> Array:
+    def total_loss(params: Params, tokens_NT: Array, targets_NT: Array, weights_N: Array, window: Array) -> Array:
         def one(sequence: tuple[Array, Array]) -> Array:
             return sequence_loss(params, *sequence, window, config.model.evaluation_precision)
 
@@ -124,11 +120,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rates = config.optimizer
-        factor = learning_rate_factor(
-            state.step, config.steps, rates.cooldown_fraction, rates.final_learning_rate
-        )
-        metrics = Metrics(loss, rates.muon_learning_rate * factor, window)
+        rate = config.optimizer.muon_learning_rate * learning_rate_factor(state.step, config.steps)
+        metrics = Metrics(loss, rate, window)
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
     def evaluate(state: TrainState, tokens_NT: Array, targets_NT: Array, weights_N: Array) -> Array:
@@ -168,13 +161,9 @@ def train(config: Config, mesh: Mesh, data: Path, out: Path, *, resume: bool = F
       UsageError: for data, folders or checkpoints that will not do, before anything is written.
       DivergedError: if a loss is not finite; the last checkpoint stays.
     """
-    batches = TokenBatches(
-        find_shards(data, "train"), config.sequences, config.sequence_length, epochs=config.epochs
-    )
+    batches = TokenBatches(find_shards(data, "train"), config.sequences, config.sequence_length, epochs=config.epochs)
     batches.require_steps(config.steps)
-    validation = validation_sequences(
-        find_shards(data, "val"), config.sequence_length, config.validation_tokens
-    )
+    validation = validation_sequences(find_shards(data, "val"), config.sequence_length, config.validation_tokens)
     start, metadata = checkpoint.latest(out) if resume else (0, {})
     if resume:
         batches.seek(metadata["data_position"])

@@ -45,7 +45,7 @@ def block_sparse_attention(
     if q.ndim == 3:
         return attend_one(q, k, v, mask)
     if mask.documents.ndim == 1:
-        return jax.lax.map(lambda qkv: attend_one(*qkv, mask), (q, k, v))
+        return jax.lax.map(lambda qkv: attend_one(qkv[0], qkv[1], qkv[2], mask), (q, k, v))
     return jax.lax.map(lambda args: attend_one(*args), (q, k, v, mask))
 
 
@@ -71,15 +71,13 @@ _IMPLEMENTATIONS: dict[Implementation, Callable[..., Array]] = {
 def _check(q: Array, k: Array, v: Array, mask: BlockMask) -> None:
     if q.ndim not in (3, 4) or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
-            "q, k and v must have one shape, (T, H, K) or (N, T, H, K); "
-            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+            f"q, k and v must have one shape, (T, H, K) or (N, T, H, K); got q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if mask.block_size <= 0 or q.shape[-3] % mask.block_size:
         raise ValueError(
-            f"T must be a multiple of the mask's block size {mask.block_size}, got T = {q.shape[-3]}; "
-            "pad the sequence"
+            f"T must be a multiple of the mask's block size {mask.block_size}, got T = {q.shape[-3]}; pad the sequence"
         )
     if mask.documents.shape[-1] != q.shape[-3] or mask.partial_indices.shape[-2] * mask.block_size != q.shape[-3]:
         raise ValueError(
@@ -88,6 +86,5 @@ def _check(q: Array, k: Array, v: Array, mask: BlockMask) -> None:
         )
     if mask.documents.ndim == 2 and (q.ndim != 4 or mask.documents.shape[0] != q.shape[0]):
         raise ValueError(
-            f"the mask has a batch of {mask.documents.shape[0]} but q has shape {q.shape}; "
-            "give q the same leading axis"
+            f"the mask has a batch of {mask.documents.shape[0]} but q has shape {q.shape}; give q the same leading axis"
         )

@@ -37,12 +37,13 @@ from .attention_hopper_ops import (
     interpreter_buffers,
     launch,
     multiply_add,
+    ring_barriers,
     rows,
     split_roles,
     tile,
     with_accumulators,
 )
-from .attention_hopper_producer import Ring, Tile, for_each_tile, produce
+from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce
 from .attention_hopper_walk import ENTRY_BITS, HEADER, PARTIAL_BIT
 
 LOWEST = -1e30
@@ -54,6 +55,7 @@ def forward(
     v_THK: Array,
     documents_T: Array,
     walk: Array,
+    portions: Array,
     *,
     scale: float,
     interpret: bool,
@@ -61,31 +63,42 @@ def forward(
 ) -> tuple[Array, Array]:
     """Attention output (T, H, K) bf16 and log2-sum-exp2 of the scaled scores (H, T) float32.
 
-    Rows that see nothing give 0 in both. `walk` is `Walks.by_query`.
+    Rows that see nothing give 0 in both. `walk` is `Walks.by_query`, `portions`
+    what `share_out` makes of it.
     """
     length, heads, width = q_THK.shape
-    free = functools.partial(plgpu.Barrier, num_arrivals=COMPUTE_WARPGROUPS)
 
-    def body(q, k, v, documents, walk, o, lse, *, buffers, barriers, lse_smem, accumulators) -> None:
-        q_smem, query_documents, k_smem, key_documents, v_smem = buffers
-        hold = Ring((q, documents), (q_smem, query_documents), *barriers[:2])
-        stream_k = Ring((k, documents), (k_smem, key_documents), *barriers[2:4])
-        stream_v = Ring((v,), (v_smem,), *barriers[4:])
-        split_roles(
-            functools.partial(produce, walk, heads, config, hold, [stream_k, stream_v], KEY_BLOCK),
-            functools.partial(
-                _consume,
+    def body(q, k, v, documents, walk, portions, o, lse, *, smem, barriers, accumulators, turn) -> None:
+        q_smem, query_documents, k_smem, key_documents, v_smem, lse_smem = smem
+        hold = Ring(
+            [*halves(q, q_smem), Copy(documents, lambda slot: query_documents.at[slot], QUERY_BLOCK)], *barriers[:2]
+        )
+        stream_k = Ring(
+            [
+                Copy(k, lambda stage: k_smem.at[stage], KEY_BLOCK),
+                Copy(documents, lambda stage: key_documents.at[stage], KEY_BLOCK),
+            ],
+            *barriers[2:4],
+        )
+        stream_v = Ring([Copy(v, lambda stage: v_smem.at[stage], KEY_BLOCK)], *barriers[4:])
+
+        def send(slot: Array, block: Array, head: Array) -> None:
+            for half in range(COMPUTE_WARPGROUPS):
+                own = pl.ds(block * QUERY_BLOCK + half * HALF, HALF)
+                plgpu.copy_smem_to_gmem(q_smem.at[slot, half], o.at[own, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[slot, half], lse.at[head, own])
+
+        def consume() -> None:
+            for_each_tile(
                 walk,
-                o,
-                lse,
-                hold,
-                stream_k,
-                stream_v,
-                lse_smem,
-                scale=scale,
-                config=config,
-                accumulators=accumulators,
-            ),
+                portions,
+                heads,
+                functools.partial(_one_tile, walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, config.variant),
+            )
+
+        split_roles(
+            functools.partial(produce, walk, portions, heads, hold, [stream_k, stream_v], KEY_BLOCK, send),
+            consume,
             config,
         )
 
@@ -94,98 +107,169 @@ def forward(
         "block_sparse_attention_forward",
         (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), jax.ShapeDtypeStruct((heads, length), jnp.float32)),
         dict(
-            buffers=[
+            smem=[
                 tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
                 plgpu.SMEM((config.slots, QUERY_BLOCK), jnp.int32),
                 tile(config.stages, KEY_BLOCK, width),
                 plgpu.SMEM((config.stages, KEY_BLOCK), jnp.int32),
                 tile(config.stages, KEY_BLOCK, width),
+                plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, HALF), jnp.float32),
             ],
-            barriers=[
-                plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + 1, num_barriers=config.slots),
-                free(num_barriers=config.slots),
-                plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-                free(num_barriers=config.stages),
-                plgpu.Barrier(num_arrivals=1, num_barriers=config.stages),
-                free(num_barriers=config.stages),
-            ],
-            lse_smem=plgpu.SMEM((COMPUTE_WARPGROUPS, HALF), jnp.float32),
+            barriers=ring_barriers((COMPUTE_WARPGROUPS + 1, config.slots), (2, config.stages), (1, config.stages)),
             accumulators=interpreter_buffers((HALF, width), interpret=interpret),
+            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
-        programs=pl.cdiv(walk.shape[0] * heads, config.tiles),
+        programs=portions.shape[0] - 1,
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, documents_T, walk)
+    )(q_THK, k_THK, v_THK, documents_T, walk, portions)
 
 
-def _consume(walk, o, lse, hold, stream_k, stream_v, lse_smem, *, scale, config, accumulators) -> None:
-    """Compute 64 rows of each tile."""
+def _one_tile(walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, variant, at: Tile) -> None:
+    """Attention of this warpgroup's 64 queries."""
     warpgroup = lax.axis_index("warpgroup")
-    q_smem, query_documents = hold.buffers
-    k_smem, key_documents = stream_k.buffers
-    (v_smem,) = stream_v.buffers
+    q_smem, query_documents, k_smem, key_documents, v_smem, lse_smem = smem
     c = scale * math.log2(math.e)
+    slot = hold.slot(at.index)
+    first_query = at.block * QUERY_BLOCK + warpgroup * HALF
+    q_tile = q_smem.at[slot, warpgroup]
+    plgpu.barrier_wait(hold.ready.at[slot])
+    documents_q = plgpu.load(query_documents.at[slot, pl.ds(warpgroup * HALF, HALF)], layout=ROW)
+    position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
+    interpret = bool(accumulators)
 
-    def one_tile(at: Tile) -> None:
-        slot = lax.rem(at.index, hold.ready.shape[0])
-        first_query = at.block * QUERY_BLOCK + warpgroup * HALF
-        q_tile = q_smem.at[slot, warpgroup]
-        plgpu.barrier_wait(hold.ready.at[slot])
-        documents_q = plgpu.load(query_documents.at[slot, pl.ds(warpgroup * HALF, HALF)], layout=ROW)
-        position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
+    def take_turn():
+        if "pingpong" in variant:
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
 
-        def mask_out(scores: Array, entry: Array, stage: Array) -> Array:
-            documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
-            first_key = (entry >> ENTRY_BITS) * KEY_BLOCK
-            position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (KEY_BLOCK,), 0, layout=COLUMN)
-            visible = (rows(documents_q, scores) == columns(documents_k, scores)) & (
-                columns(position_k, scores) <= rows(position_q, scores)
-            )
-            return jnp.where(visible, scores, -jnp.inf)
+    def mask_out(scores: Array, entry: Array, stage: Array) -> Array:
+        if "nomask" in variant:
+            return scores
+        documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
+        first_key = (entry >> ENTRY_BITS) * KEY_BLOCK
+        position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (KEY_BLOCK,), 0, layout=COLUMN)
+        visible = (rows(documents_q, scores) == columns(documents_k, scores)) & (
+            columns(position_k, scores) <= rows(position_q, scores)
+        )
+        return jnp.where(visible, scores, -jnp.inf)
 
-        def attend(o_acc: jax.Ref) -> None:
-            def one_step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                maximum, total = carry
-                stage = lax.rem(at.first_entry + i, stream_k.ready.shape[0])
-                entry = walk[at.rank, HEADER + i]
+    def attend(o_acc: jax.Ref) -> None:
+        def softmax(s, maximum, total):
+            new_maximum = jnp.maximum(maximum, s.max(axis=1) * c)
+            rescale = jnp.exp2(maximum - new_maximum)
+            p = jnp.exp2(s * c - rows(new_maximum, s))
+            return p.astype(jnp.bfloat16), new_maximum, total * rescale + p.sum(axis=1), rescale
 
-                def scores(s_acc: jax.Ref) -> Array:
+        def masked(s, entry, stage):
+            is_partial = (entry >> PARTIAL_BIT) & 1 == 1
+            return lax.cond(is_partial, lambda: mask_out(s, entry, stage), lambda: s)
+
+        def one_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            maximum, total, entry = carry
+            stage = stream_k.slot(at.entries_before + i)
+            following = walk[at.rank, HEADER + i + 1]
+
+            def scores(s_acc: jax.Ref) -> Array:
+                plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
+                take_turn()
+                return s_acc[...]
+
+            plgpu.barrier_wait(stream_k.ready.at[stage])
+            s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
+            s = masked(s, entry, stage)
+            plgpu.barrier_arrive(stream_k.free.at[stage])
+            p, maximum, total, rescale = softmax(s, maximum, total)
+            o_value = o_acc[...]
+            o_acc[...] = o_value * rows(rescale, o_value)
+            if "pingpong" in variant:
+                maximum, total, p = lax.optimization_barrier((maximum, total, p))
+                plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(stream_v.ready.at[stage])
+            if "pingpong" in variant:
+                plgpu.barrier_wait(turn)
+            multiply_add(o_acc, p, v_smem.at[stage], interpret=interpret)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(stream_v.free.at[stage])
+            return maximum, total, following
+
+        def pipelined(start, zero):
+            def first():
+                stage = stream_k.slot(at.entries_before)
+
+                def scores(s_acc):
                     plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
                     return s_acc[...]
 
                 plgpu.barrier_wait(stream_k.ready.at[stage])
                 s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
-                is_partial = (entry >> PARTIAL_BIT) & 1 == 1
-                s = lax.cond(is_partial, lambda: mask_out(s, entry, stage), lambda: s)
+                s = masked(s, at.first_entry, stage)
                 plgpu.barrier_arrive(stream_k.free.at[stage])
+                p, maximum, total, _ = softmax(s, start, zero)
+                return p, maximum, total
 
-                new_maximum = jnp.maximum(maximum, s.max(axis=1) * c)
-                rescale = jnp.exp2(maximum - new_maximum)
-                p = jnp.exp2(s * c - rows(new_maximum, s))
-                total = total * rescale + p.sum(axis=1)
-                o_value = o_acc[...]
-                o_acc[...] = o_value * rows(rescale, o_value)
+            def nothing():
+                return (
+                    plgpu.layout_cast(jnp.zeros((HALF, KEY_BLOCK), jnp.bfloat16), plgpu.Layout.WGMMA),
+                    start,
+                    zero,
+                )
+
+            def step(i, carry):
+                p, maximum, total, entry = carry
+                stage, before = stream_k.slot(at.entries_before + i), stream_k.slot(at.entries_before + i - 1)
+                following = walk[at.rank, HEADER + i + 1]
+
+                def both(partial):
+                    def scores(s_acc):
+                        plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
+                        multiply_add(o_acc, p, v_smem.at[before], interpret=interpret)
+                        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+
+                    s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
+                    if partial:
+                        s = mask_out(s, entry, stage)
+                    plgpu.barrier_arrive(stream_k.free.at[stage])
+                    new_p, new_maximum, new_total, rescale = softmax(s, maximum, total)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(stream_v.free.at[before])
+                    o_value = o_acc[...]
+                    o_acc[...] = o_value * rows(rescale, o_value)
+                    return new_p, new_maximum, new_total, following
+
+                plgpu.barrier_wait(stream_k.ready.at[stage])
+                plgpu.barrier_wait(stream_v.ready.at[before])
+                is_partial = (entry >> PARTIAL_BIT) & 1 == 1
+                return lax.cond(is_partial, lambda: both(True), lambda: both(False))
+
+            second = walk[at.rank, HEADER + 1]
+            p, maximum, total = lax.cond(at.entries > 0, first, nothing)
+            p, maximum, total, _ = lax.fori_loop(1, at.entries, step, (p, maximum, total, second))
+
+            @pl.when(at.entries > 0)
+            def _last():
+                stage = stream_k.slot(at.entries_before + at.entries - 1)
                 plgpu.barrier_wait(stream_v.ready.at[stage])
-                multiply_add(o_acc, p.astype(jnp.bfloat16), v_smem.at[stage], interpret=bool(accumulators))
+                multiply_add(o_acc, p, v_smem.at[stage], interpret=interpret)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(stream_v.free.at[stage])
-                return new_maximum, total
 
-            start = plgpu.layout_cast(jnp.full((HALF,), LOWEST, jnp.float32), ROW)
-            zero = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), ROW)
-            maximum, total = lax.fori_loop(0, at.entries, one_step, (start, zero))
+            return maximum, total
 
-            sees = total > 0
-            safe_total = jnp.where(sees, total, 1.0)
-            o_value = o_acc[...]
-            q_tile[...] = (o_value * rows(1 / safe_total, o_value)).astype(jnp.bfloat16)
-            lse_smem[warpgroup] = jnp.where(sees, maximum + jnp.log(safe_total) * math.log2(math.e), 0.0)
+        start = plgpu.layout_cast(jnp.full((HALF,), LOWEST, jnp.float32), ROW)
+        zero = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), ROW)
+        if "pipelined" in variant:
+            maximum, total = pipelined(start, zero)
+        else:
+            pl.when(warpgroup == 1)(take_turn)
+            maximum, total, _ = lax.fori_loop(0, at.entries, one_step, (start, zero, at.first_entry))
+            pl.when(warpgroup == 0)(take_turn)
 
-        with_accumulators(attend, q_tile.shape, buffers=accumulators)
-        own = pl.ds(first_query, HALF)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, o.at[own, at.head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse.at[at.head, own])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(hold.free.at[slot])
+        sees = total > 0
+        safe_total = jnp.where(sees, total, 1.0)
+        o_value = o_acc[...]
+        q_tile[...] = (o_value * rows(1 / safe_total, o_value)).astype(jnp.bfloat16)
+        lse_smem[slot, warpgroup] = jnp.where(sees, maximum + jnp.log(safe_total) * math.log2(math.e), 0.0)
 
-    for_each_tile(walk, o.shape[1], config, one_tile)
+    with_accumulators(attend, q_tile.shape, buffers=accumulators)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(hold.free.at[slot])

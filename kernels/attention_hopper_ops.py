@@ -57,9 +57,16 @@ def columns(value: Array, like: Array) -> Array:
 
 def tile(*shape: int) -> pl.MemoryRef:
     """A bf16 shared-memory tile in the swizzled form that the copy engine writes and wgmma reads."""
-    return plgpu.SMEM(
-        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def ring_barriers(*rings: tuple[int, int]) -> list[plgpu.Barrier]:
+    """For each ring of (copies a step, depth): its `ready` barriers, then its `free` ones."""
+    return [
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=depth)
+        for copies, depth in rings
+        for arrivals in (copies, COMPUTE_WARPGROUPS)
+    ]
 
 
 def split_roles(producer: Callable[[], None], consumer: Callable[[], None], config: HopperConfig) -> None:
@@ -96,8 +103,6 @@ def launch(
         thread_name="warpgroup",
         kernel_name=name,
         # All barriers are explicit: no buffer is both read and written by one thread between them.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )

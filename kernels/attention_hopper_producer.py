@@ -1,13 +1,17 @@
 """The copying warpgroup, shared by the three Hopper attention kernels, and the loop over tiles all warpgroups run.
 
-A kernel keeps one *resident* tile (128 rows of this side, as two halves of 64)
-and *streams* tiles of the other side past it. Both live in rings of buffers:
+A kernel holds one *resident* tile (128 rows of this side) and *streams* tiles
+of the other side past it. Both live in rings of buffers:
 
-    producer     wait free[s] -> copy into s (signals ready[s])  -> s+1 ...
-    consumers    wait ready[s] -> compute -> arrive free[s]      -> s+1 ...
+    producer     wait free[s] -> copy into s, which completes ready[s]
+    consumers    wait ready[s] -> compute -> arrive free[s]
 
-Each ring position has a `ready` barrier, completed by its copies, and a `free`
-barrier, completed when both compute warpgroups have let go.
+A resident tile's result replaces it in its slot; `free` then means that the
+result is there. The producer sends it off just before it refills the slot, so
+that the consumers go on to the next tile, already in the other slot, at once:
+
+    producer    hold 0, stream 0 | hold 1, stream 1 | send 0, hold 2, stream 2 | ...
+    consumers         tile 0             tile 1              tile 2
 """
 
 import functools
@@ -17,82 +21,136 @@ from typing import NamedTuple
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS, HALF, KEY_BLOCK, HopperConfig
+from .attention_hopper_config import COMPUTE_WARPGROUPS, HALF, KEY_BLOCK
 from .attention_hopper_walk import ENTRY_BITS, HEADER
 
 
-class Ring(NamedTuple):
-    """A ring of buffers in shared memory, filled from `sources` in step."""
+class Copy(NamedTuple):
+    """`rows` rows of `source`, `offset` after the first of a step, go to `buffer(slot)`."""
 
-    sources: Sequence[jax.Ref]
-    buffers: Sequence[jax.Ref]
+    source: jax.Ref
+    buffer: Callable[[Array], jax.Ref]
+    rows: int
+    offset: int = 0
+
+
+class Ring(NamedTuple):
+    """Buffers in shared memory that the same copies fill again and again."""
+
+    copies: Sequence[Copy]
     ready: jax.Ref
     free: jax.Ref
 
+    def slot(self, step: Array) -> Array:
+        return lax.rem(step, self.ready.shape[0])
+
 
 class Tile(NamedTuple):
-    """Where a program stands: its tile's number, the walk's row behind it, and the entries walked before."""
+    """One tile of a program: its number in the program, and what the walk says of it."""
 
     index: Array
     rank: Array
-    block: Array
     head: Array
+    block: Array
     entries: Array
-    first_entry: Array
+    first_entry: Array  # the first of its entries' values
+    entries_before: Array  # in the program's earlier tiles
 
 
-def for_each_tile(walk: jax.Ref, heads: int, config: HopperConfig, body: Callable[[Tile], None]) -> tuple[Array, Array]:
+def halves(source: jax.Ref, buffer: jax.Ref) -> list[Copy]:
+    """Copies of a block of 128 rows, a half for each compute warpgroup, to `buffer[slot, half]`."""
+
+    def half(i: int) -> Copy:
+        return Copy(source, lambda slot: buffer.at[slot, i], HALF, i * HALF)
+
+    return [half(i) for i in range(COMPUTE_WARPGROUPS)]
+
+
+def for_each_tile(walk: jax.Ref, portions: jax.Ref, heads: int, body: Callable[[Tile], None]) -> tuple[Array, Array]:
     """Run `body` on each tile of this program, alike in every warpgroup; returns their number and their entries."""
-    total = walk.shape[0] * heads
-    stride = -(-total // config.tiles) if config.strided else 1
-    first = lax.axis_index("program") * (1 if config.strided else config.tiles)
-    count = jnp.minimum(config.tiles, lax.div(total - first + stride - 1, stride))
+    program = lax.axis_index("program")
+    first = portions[program]
+    count = portions[program + 1] - first
 
-    def one(index: Array, first_entry: Array) -> Array:
-        rank, head = lax.div(first + index * stride, heads), lax.rem(first + index * stride, heads)
-        entries = walk[rank, 1]
-        body(Tile(index, rank, walk[rank, 0], head, entries, first_entry))
-        return first_entry + entries
+    def read(index: Array) -> tuple[Array, Array, Array, Array, Array]:
+        number = lax.min(first + index, walk.shape[0] * heads - 1)
+        rank, head = lax.div(number, heads), lax.rem(number, heads)
+        return rank, head, walk[rank, 0], walk[rank, 1], walk[rank, HEADER]
 
-    return count, lax.fori_loop(0, count, one, jnp.int32(0))
+    def one(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        entries_before, *here = carry
+        following = read(index + 1)  # early: the answer takes longer than a step
+        tile = Tile(index, *here, entries_before)
+        body(tile)
+        return entries_before + tile.entries, *following
+
+    entries, *_ = lax.fori_loop(0, count, one, (lax.full((), 0, "int32"), *read(lax.full((), 0, "int32"))))
+    return count, entries
 
 
-def produce(walk: jax.Ref, heads: int, config: HopperConfig, resident: Ring, streams: Sequence[Ring], rows: int) -> None:
-    """Fill `resident` once a tile and each of `streams` with `rows` rows a step, as buffers come free."""
-    parts = KEY_BLOCK // rows
+def produce(
+    walk: jax.Ref,
+    portions: jax.Ref,
+    heads: int,
+    hold: Ring,
+    streams: Sequence[Ring],
+    rows: int,
+    send: Callable[[Array, Array, Array], None],
+    preface: Sequence[Copy] = (),
+) -> None:
+    """Keep all rings full.
+
+    Args:
+      hold: the ring of resident tiles.
+      streams: rings that advance together, `rows` rows a step.
+      send: send(slot, block, head) starts the copies of a tile's result to global memory.
+      preface: copies that take the first step of each tile in the one stream, before its entries.
+    """
+    slots, parts = hold.ready.shape[0], KEY_BLOCK // rows
+    extra = 1 if preface else 0
+    first = portions[lax.axis_index("program")]
+
+    def send_off(index: Array) -> None:
+        slot = hold.slot(index)
+        rank, head = lax.div(first + index, heads), lax.rem(first + index, heads)
+        block = walk[rank, 0]
+        plgpu.barrier_wait(hold.free.at[slot])
+        send(slot, block, head)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def one_tile(tile: Tile) -> None:
-        _fill(resident, tile.index, tile.block * KEY_BLOCK, KEY_BLOCK, tile.head)
+        pl.when(tile.index >= slots)(lambda: send_off(tile.index - slots))
+        _fill(hold, hold.copies, hold.slot(tile.index), tile.block * KEY_BLOCK, tile.head)
+        first_step = tile.entries_before * parts + tile.index * extra
+        if preface:
+            _wait_free(streams[0], first_step)
+            _fill(streams[0], preface, streams[0].slot(first_step), tile.block * KEY_BLOCK, tile.head)
 
         @pl.loop(0, tile.entries * parts)
-        def _step(step: Array) -> None:
-            block = walk[tile.rank, HEADER + lax.div(step, parts)] >> ENTRY_BITS
+        def _step(i: Array) -> None:
+            step = first_step + extra + i
+            block = walk[tile.rank, HEADER + lax.div(i, parts)] >> ENTRY_BITS
             for ring in streams:
-                first_row = block * KEY_BLOCK + lax.rem(step, parts) * rows
-                _fill(ring, tile.first_entry * parts + step, first_row, rows, tile.head)
+                _wait_free(ring, step)
+                _fill(ring, ring.copies, ring.slot(step), block * KEY_BLOCK + lax.rem(i, parts) * rows, tile.head)
 
-    count, entries = for_each_tile(walk, heads, config, one_tile)
-    _drain(resident, count)
+    count, entries = for_each_tile(walk, portions, heads, one_tile)
+    for i in range(slots):
+        pl.when(count - slots + i >= 0)(functools.partial(send_off, count - slots + i))
     for ring in streams:
-        _drain(ring, entries * parts)
+        _drain(ring, entries * parts + count * extra)
 
 
-def _fill(ring: Ring, step: Array, first_row: Array, rows: int, head: Array) -> None:
-    depth = ring.ready.shape[0]
-    slot = lax.rem(step, depth)
-    pl.when(step >= depth)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
-    for source, buffer in zip(ring.sources, ring.buffers, strict=True):
-        if buffer.ndim == 4:  # split in halves, one for each compute warpgroup
-            for half in range(COMPUTE_WARPGROUPS):
-                own = _rows(source, pl.ds(first_row + half * HALF, HALF), head)
-                plgpu.copy_gmem_to_smem(own, buffer.at[slot, half], ring.ready.at[slot])
-        else:
-            plgpu.copy_gmem_to_smem(
-                _rows(source, pl.ds(first_row, rows), head), buffer.at[slot], ring.ready.at[slot]
-            )
+def _wait_free(ring: Ring, step: Array) -> None:
+    pl.when(step >= ring.ready.shape[0])(lambda: plgpu.barrier_wait(ring.free.at[ring.slot(step)]))
+
+
+def _fill(ring: Ring, copies: Sequence[Copy], slot: Array, first_row: Array, head: Array) -> None:
+    for copy in copies:
+        source = _rows(copy.source, pl.ds(first_row + copy.offset, copy.rows), head)
+        plgpu.copy_gmem_to_smem(source, copy.buffer(slot), ring.ready.at[slot])
 
 
 def _rows(source: jax.Ref, rows: pl.Slice, head: Array) -> jax.Ref:
@@ -107,6 +165,6 @@ def _rows(source: jax.Ref, rows: pl.Slice, head: Array) -> jax.Ref:
 
 
 def _drain(ring: Ring, steps: Array) -> None:
-    # Nothing may be left unawaited: the last completion of each `free` barrier is.
+    # Every completion of a barrier must be awaited, the last one too.
     for slot in range(ring.free.shape[0]):
         pl.when(slot < steps)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))

@@ -27,6 +27,8 @@ from .block_mask import BlockMask
 ENTRY_BITS = 5
 PARTIAL_BIT = 4
 HEADER = 2  # row and count come first
+# A multiprocessor's share of the work is cut in portions of these fractions.
+PORTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
 # Rows are sorted longest first, so that no long row starts last, but only
 # within this many blocks: neighbours share keys, which should still be in L2.
 SORT_GROUP = 64
@@ -75,3 +77,23 @@ def _pack(visited_RC: Array, flags_RC: Array) -> Array:
     # One column of padding lets the kernels read one entry ahead.
     table = jnp.concatenate([row_R[:, None], counts_R[:, None], entries_RC, row_R[:, None]], axis=1)
     return table[order_R].astype(jnp.int32)
+
+
+def share_out(walk: Array, heads: int, multiprocessors: int) -> Array:
+    """Cut the tiles (row by row, all heads of a row together) into portions of known cost, one a program.
+
+    Large portions come first and small ones last: the hardware starts them in
+    order wherever a multiprocessor comes free, so most tile changes happen
+    inside a program, which overlaps them, and all multiprocessors still finish
+    together (guided self-scheduling).
+
+    Returns: (programs + 1,) int32, the first tile of each program.
+    """
+    fractions = jnp.repeat(jnp.array(PORTIONS) / multiprocessors, multiprocessors)
+    cost_R = walk[:, 1] + 1  # a tile itself costs about as much as a step
+    end_R = jnp.cumsum(cost_R) * heads
+    target = jnp.cumsum(fractions)[:-1] * end_R[-1]
+    row = jnp.searchsorted(end_R, target, side="right", method="compare_all")
+    inside = target - (end_R - cost_R * heads)[row]
+    first = row * heads + jnp.round(inside / cost_R[row]).astype(jnp.int32)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), first, jnp.array([walk.shape[0] * heads])]).astype(jnp.int32)

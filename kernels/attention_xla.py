@@ -29,6 +29,10 @@ GROUP_BLOCKS = 64
 """Query blocks walked together: enough to fill a GPU, few enough that uneven lists waste little."""
 
 
+_Softmax = tuple[Array, Array, Array]  # running maximum, total and weighted sum of the values
+_Residuals = tuple[Array, Array, Array, BlockMask, Array, Array]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def xla_attention(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: float) -> Array:
     """Masked softmax attention of one sequence; see `attention.block_sparse_attention`."""
@@ -129,14 +133,14 @@ def _forward(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: f
     size = mask.block_size
     dtype = jnp.promote_types(q_THK.dtype, jnp.float32)
 
-    def start(group: int) -> tuple[Array, Array, Array]:
+    def start(group: int) -> _Softmax:
         return (
             jnp.full((group, heads, size), -jnp.inf, dtype),
             jnp.zeros((group, heads, size), dtype),
             jnp.zeros((group, heads, size, width), dtype),
         )
 
-    def visit(state: tuple[Array, Array, Array], query: _Rows, key: _Rows, visible: Array):
+    def visit(state: _Softmax, query: _Rows, key: _Rows, visible: Array) -> _Softmax:
         maximum_GHQ, total_GHQ, output_GHQK = state
         (q_GQHK,) = query.values
         k_GCHK, v_GCHK = key.values
@@ -163,12 +167,14 @@ def _forward(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: f
     return output_THK, jnp.swapaxes(log_sum_BHQ, 1, 2).reshape(tokens, heads)
 
 
-def _forward_with_residuals(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: float):
+def _forward_with_residuals(
+    q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: float
+) -> tuple[Array, _Residuals]:
     output_THK, log_sum_TH = _forward(q_THK, k_THK, v_THK, mask, scale)
     return output_THK, (q_THK, k_THK, v_THK, mask, output_THK, log_sum_TH)
 
 
-def _backward(scale: float, residuals, d_output_THK: Array):
+def _backward(scale: float, residuals: _Residuals, d_output_THK: Array) -> tuple[Array, Array, Array, None]:
     q_THK, k_THK, v_THK, mask, output_THK, log_sum_TH = residuals
     tokens, heads, width = q_THK.shape
     size = mask.block_size

@@ -74,13 +74,15 @@ def head_logits(x_TD: Array, head_VD: Array, precision: HeadPrecision) -> Array:
     return CAP * jax.nn.sigmoid(z_TV / TEMPERATURE)
 
 
-def _forward(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrecision):
+def _forward(
+    x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrecision
+) -> tuple[Array, tuple[Array, Array, Array]]:
     tokens = x_TD.shape[0]
     w_VD = _operand(head_VD, precision, W_SCALE)
     scales = (X_SCALE, W_SCALE, GRADIENT_SCALE) if precision.startswith("fp8") else (1.0, 1.0, 1.0)
     x_scale, w_scale, gradient_scale = scales
 
-    def chunk_step(carry: tuple[Array, Array], chunk: tuple[Array, Array]):
+    def chunk_step(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head_VD = carry
         x_CD, targets_C = chunk
         x_CD = _operand(x_CD, precision, X_SCALE)
@@ -96,7 +98,9 @@ def _forward(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPreci
     return total / tokens, (d_x.reshape(x_TD.shape), d_head_VD.astype(head_VD.dtype), targets_T)
 
 
-def _backward(precision: HeadPrecision, residuals: tuple[Array, Array, Array], d_loss: Array):
+def _backward(
+    precision: HeadPrecision, residuals: tuple[Array, Array, Array], d_loss: Array
+) -> tuple[Array, Array, np.ndarray]:
     d_x_TD, d_head_VD, targets_T = residuals
     d_x_TD = (d_loss * d_x_TD.astype(jnp.float32)).astype(d_x_TD.dtype)
     return d_x_TD, d_loss * d_head_VD, np.zeros(targets_T.shape, jax.dtypes.float0)

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jax_speedrun import checkpoint
 from jax_speedrun.config import PRESETS, Config, from_dict, recipe_differences, resolve
@@ -30,15 +30,28 @@ def parser() -> argparse.ArgumentParser:
         "for one GPU; tiny every part of it on two CPU cores; auto takes sub3min where a GPU and FineWeb shards are "
         "found, else tiny",
     )
-    run.add_argument("--mesh", type=int, metavar="N", help="devices (default: all that share the batch evenly); on a "
-                     "machine without a GPU, N virtual CPU devices")
-    run.add_argument("--data", type=Path, metavar="DIR", help=f"folder of *_train_*.bin and *_val_*.bin shards "
-                     f"(default: the tiny data in the package for tiny, else {FINEWEB_DATA})")
+    run.add_argument(
+        "--mesh",
+        type=int,
+        metavar="N",
+        help="devices (default: all that share the batch evenly); on a machine without a GPU, N virtual CPU devices",
+    )
+    run.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of *_train_*.bin and *_val_*.bin shards "
+        f"(default: the tiny data in the package for tiny, else {FINEWEB_DATA})",
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<time>-<preset>)")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on from the last checkpoint of the run in DIR, "
-                     "with its recipe")
-    run.add_argument("--dry-run", action="store_true", help="print devices, batch layout, tokens and a memory "
-                     "estimate; compile and write nothing")
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on from the last checkpoint of the run in DIR, with its recipe"
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print devices, batch layout, tokens and a memory estimate; compile and write nothing",
+    )
     change = p.add_argument_group("changes to the preset")
     change.add_argument("--steps", type=int, metavar="N")
     change.add_argument("--seed", type=int, metavar="N", help="of the initial weights")
@@ -46,10 +59,14 @@ def parser() -> argparse.ArgumentParser:
     change.add_argument("--sequence-length", type=int, metavar="T", help="tokens a sequence, a multiple of 128")
     change.add_argument("--epochs", type=int, metavar="N", help="how often the data may be gone through")
     change.add_argument("--validation-every", type=int, metavar="N", help="steps between validations")
-    change.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints, 0: only at "
-                        "the end")
-    change.add_argument("--attention", choices=get_args(Implementation), help="attention implementation; auto "
-                        "(default) picks the fastest that runs here")
+    change.add_argument(
+        "--checkpoint-every", type=int, metavar="N", help="steps between checkpoints, 0: only at the end"
+    )
+    change.add_argument(
+        "--attention",
+        choices=get_args(Implementation),
+        help="attention implementation; auto (default) picks the fastest that runs here",
+    )
     return p
 
 
@@ -81,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
     train(config, mesh, data, out, resume=args.resume is not None)
 
 
-def _preset(args: argparse.Namespace, changes: dict[str, object]) -> Config:
+def _preset(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
     name = args.preset or "auto"
     if name == "auto":
         name, why = _auto_preset(args)
@@ -105,7 +122,7 @@ def _auto_preset(args: argparse.Namespace) -> tuple[str, str]:
     return "sub3min", f"there is a GPU ({device.device_kind}) and {data} holds {len(shards)} FineWeb shards"
 
 
-def _resumed_config(args: argparse.Namespace, changes: dict[str, object]) -> Config:
+def _resumed_config(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
     if args.out is not None and args.out != args.resume:
         raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder; leave out --out")
     saved = from_dict(checkpoint.latest(args.resume)[1]["config"])

@@ -26,7 +26,9 @@ def test_against_numpy(ids, dtype):
     np.add.at(want, tokens, np.asarray(d_rows, np.float64))
     got = gradient(table, jnp.asarray(tokens), d_rows)
     assert got.dtype == dtype
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=4e-3 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), want, rtol=4e-3 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5
+    )
 
 
 def test_bfloat16_sums_do_not_stall():

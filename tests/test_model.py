@@ -101,7 +101,7 @@ def test_gradient_equals_finite_differences_for_every_kind_of_weight():
     kinds = {}
     for path, leaf in jax.tree.leaves_with_path(gradient):
         # One of each kind, from a layer in the middle where there is a choice.
-        kinds[jax.tree_util.keystr([key for key in path if not isinstance(key.key, int)])] = (path, leaf)
+        kinds[jax.tree_util.keystr(tuple(key for key in path if not isinstance(key.key, int)))] = (path, leaf)
     assert len(kinds) == 10
     for name, (path, leaf) in kinds.items():
         direction = rng.standard_normal(leaf.shape)
@@ -152,8 +152,8 @@ def test_bfloat16_stays_near_float32():
     graph, params, tokens, targets = setup()
     narrow = dataclasses.replace(CONFIG, table_dtype="bfloat16", compute_dtype="bfloat16")
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(narrow, nnx.Rngs(0))))
-    loss = jax.jit(
-        lambda p: nnx.merge(graph, p).loss(tokens, targets, jnp.int32(2), head_precision="fp8_emulated")
-    )(params)
+    loss = jax.jit(lambda p: nnx.merge(graph, p).loss(tokens, targets, jnp.int32(2), head_precision="fp8_emulated"))(
+        params
+    )
     want, _ = numpy_loss(params, tokens, targets, 2)
     np.testing.assert_allclose(float(loss), want, rtol=2e-2)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jax_speedrun.config import OptimizerConfig
 from jax_speedrun.optimizer import (
     adam,
     learning_rate_factor,
@@ -88,23 +89,23 @@ def test_learning_rate_factor(steps: int) -> None:
         w = min(t / Fraction(2, 5), Fraction(1))
         expected = float(w + (1 - w) / 10)
         assert float(learning_rate_factor(step, steps)) == pytest.approx(expected, rel=1e-5)
-        assert float(traced(step, steps)) == pytest.approx(expected, rel=1e-5)
+        assert float(traced(step, steps, 1728)) == pytest.approx(expected, rel=1e-5)
     assert float(learning_rate_factor(0, steps)) == 1
     assert float(learning_rate_factor(steps * 3 // 5, steps)) == pytest.approx(1, rel=1e-5)
     assert float(learning_rate_factor(steps, steps)) == pytest.approx(0.1, rel=1e-5)
 
 
 def test_momentum_schedule() -> None:
-    traced = jax.jit(momentum_schedule)
+    traced = jax.jit(lambda step: momentum_schedule(step, 300))
     for step, expected in [(0, 0.85), (3, 0.851), (150, 0.9), (300, 0.95), (1385, 0.95)]:
-        assert float(momentum_schedule(step)) == pytest.approx(expected, rel=1e-6)
+        assert float(momentum_schedule(step, 300)) == pytest.approx(expected, rel=1e-6)
         assert float(traced(step)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1385, 1393])
 def test_window_blocks_at_every_step(steps: int) -> None:
     every_step = jnp.arange(steps + 1)
-    windows = jax.jit(window_blocks, static_argnums=1)(every_step, steps)
+    windows = jax.jit(window_blocks, static_argnums=(1, 2))(every_step, steps, 1728)
     assert windows.dtype == jnp.int32
     expected = [max(1, math.ceil(Fraction(1728 * step, steps) / 128)) for step in range(steps + 1)]
     np.testing.assert_array_equal(windows, expected)
@@ -114,9 +115,10 @@ def test_window_blocks_at_every_step(steps: int) -> None:
 def test_window_blocks_takes_python_and_traced_numbers_alike() -> None:
     traced = jax.jit(window_blocks)
     for step, steps in [(0, 1385), (1, 1385), (102, 1385), (103, 1385), (1385, 1385), (1_000_000, 1_000_000)]:
-        plain = window_blocks(step, steps)
-        assert plain.dtype == jnp.int32 and plain.shape == ()
-        assert int(plain) == int(traced(step, steps)) == max(1, math.ceil(Fraction(27 * step, 2 * steps)))
+        plain = window_blocks(step, steps, 1728)
+        assert plain.dtype == jnp.int32
+        assert plain.shape == ()
+        assert int(plain) == int(traced(step, steps, 1728)) == max(1, math.ceil(Fraction(27 * step, 2 * steps)))
     assert int(window_blocks(10, 10, final_window_tokens=512)) == 4
 
 
@@ -178,7 +180,7 @@ def dot_shapes(jaxpr: Any, repeats: int = 1) -> Iterator[tuple[int, ...]]:
 def test_one_newton_schulz_batch_per_distinct_shape() -> None:
     """33 + 11 squares and 24 rectangles of the twelve-layer model: two stacks, 15 matmuls each."""
     params = recipe_params(layers=12, width=8, without_attention=7)
-    transform = recipe_optimizer(steps=1385)
+    transform = recipe_optimizer(OptimizerConfig(), steps=1385)
     state = transform.init(params)
     jaxpr = jax.make_jaxpr(transform.update)(params, state, params)
     shapes = sorted(dot_shapes(jaxpr.jaxpr))
@@ -191,7 +193,7 @@ def test_recipe_optimizer_gives_each_group_its_rule_and_rate() -> None:
     leaves, structure = jax.tree.flatten(params)
     random = [jnp.asarray(normal(i, *leaf.shape), leaf.dtype) for i, leaf in enumerate(leaves)]
     gradients = jax.tree.unflatten(structure, random)
-    (updates,) = run(recipe_optimizer(steps=10, newton_schulz_dtype=jnp.float32), params, [gradients])
+    (updates,) = run(recipe_optimizer(OptimizerConfig(newton_schulz_dtype="float32"), steps=10), params, [gradients])
 
     rates = {"embeddings": 0.6, "head": 0.008, "scalars": 0.04}
     labels = jax.tree.leaves(parameter_labels(params))
@@ -205,7 +207,7 @@ def test_recipe_optimizer_gives_each_group_its_rule_and_rate() -> None:
 def test_recipe_optimizer_cools_down_and_warms_momentum_up() -> None:
     steps, seen = 10, []
     gradients = [normal(step, 8, 8) for step in range(steps)]
-    transform = recipe_optimizer(steps=steps, momentum_warmup_steps=4, newton_schulz_dtype=jnp.float32)
+    transform = recipe_optimizer(OptimizerConfig(momentum_warmup_steps=4, newton_schulz_dtype="float32"), steps)
     params = {"blocks": jnp.zeros((8, 8)), "skip_weights": jnp.zeros(2)}
     for u in run(transform, params, [{"blocks": to_float32(g), "skip_weights": jnp.ones(2)} for g in gradients]):
         seen.append(u)

@@ -149,6 +149,7 @@ def test_config_says_what_ran(tmp_path: Path) -> None:
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
 
 
+@settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(0, 20), min_size=1, max_size=130))
 def test_smoothing_is_a_centred_mean(values: list[float]) -> None:
     smoothed = runlog._smoothed(values)

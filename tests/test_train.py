@@ -39,12 +39,13 @@ CONFIG = Config(
         head_precision="float32",
         evaluation_precision="float32",
     ),
-    optimizer=OptimizerConfig(window_tokens=256),
+    optimizer=OptimizerConfig(window_tokens=256, newton_schulz_dtype="float32"),
     steps=20,
     sequence_length=256,
     validation_tokens=3 * 256,
     validation_every=5,
     checkpoint_every=5,
+    attention="reference",  # compiles faster; the implementations are compared elsewhere
 )
 
 
@@ -112,7 +113,9 @@ class TestWholeRun:
             assert re.fullmatch(rf"step:{step}/20 train_time:\d+ms step_avg:(\d+\.\d\d|nan)ms", line), line
         validations = [line for line in lines if "val_loss" in line]
         assert [int(re.match(r"step:(\d+)/", line).group(1)) for line in validations] == [0, 5, 10, 15, 20]
-        last = re.fullmatch(r"step:20/20 val_loss:(\d\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms", validations[-1])
+        last = re.fullmatch(
+            r"step:20/20 val_loss:(\d\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms", validations[-1]
+        )
         assert last
         assert float(last[1]) == pytest.approx(val_loss, abs=1e-4)
         assert float(last[3]) == pytest.approx(float(last[2]) / 10, abs=0.1)  # the first ten steps do not count
@@ -187,7 +190,7 @@ class TestResume:
     def test_configurations_are_compared_field_by_field(self):
         saved = from_dict(to_dict(CONFIG))
         assert saved == CONFIG
-        assert recipe_differences(saved, dataclasses.replace(CONFIG, attention="reference", preset="x")) == []
+        assert recipe_differences(saved, dataclasses.replace(CONFIG, attention="xla", preset="x")) == []
         other = dataclasses.replace(CONFIG, steps=30, model=dataclasses.replace(CONFIG.model, width=32))
         assert recipe_differences(saved, other) == ["steps (20 -> 30)", "model.width (16 -> 32)"]
 
@@ -284,7 +287,9 @@ class TestBadInput:
         self.check(capsys, tmp_path, "--preset", "tiny", "--data", folder, mentions=["a_train_0.bin", word])
 
     def test_sequence_length(self, capsys, tmp_path):
-        self.check(capsys, tmp_path, "--preset", "tiny", "--sequence-length", 1000, mentions=["--sequence-length", "128"])
+        self.check(
+            capsys, tmp_path, "--preset", "tiny", "--sequence-length", 1000, mentions=["--sequence-length", "128"]
+        )
 
     def test_unknown_preset(self, capsys, tmp_path):
         self.check(capsys, tmp_path, "--preset", "huge", mentions=["--preset huge", "tiny", "eighth", "sub3min"])
@@ -302,7 +307,13 @@ class TestBadInput:
 
     def test_resume_with_another_configuration(self, capsys, tmp_path, reference_run):
         self.check(
-            capsys, tmp_path, "--resume", reference_run[0], "--seed", 7, mentions=["another configuration", "seed (0 -> 7)"]
+            capsys,
+            tmp_path,
+            "--resume",
+            reference_run[0],
+            "--seed",
+            7,
+            mentions=["another configuration", "seed (0 -> 7)"],
         )
 
     def test_output_folder_cannot_be_written(self, capsys, tmp_path):
@@ -337,6 +348,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path):
     """kill -9 in the middle of a run of the real script, then --resume."""
     command = [sys.executable, ROOT / "scripts" / "train.py", "--preset", "tiny", "--sequence-length", "128"]
     command += ["--checkpoint-every", "1", "--validation-every", "100", "--steps", "12", "--mesh", "1"]
+    command += ["--attention", "reference"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = tmp_path / "run"
     process = subprocess.Popen([*command, "--out", out], env=environment, stdout=subprocess.DEVNULL)
