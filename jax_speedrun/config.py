@@ -9,6 +9,7 @@ import json
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from .errors import UsageError
 from .kernels.attention import Implementation, resolve_implementation
@@ -152,7 +153,13 @@ def resolve(config: Config, device: jax.Device) -> Config:
     model = config.model
     if model.head_precision == "fp8" and not fp8_supported(device):
         model = dataclasses.replace(model, head_precision="fp8_emulated")
-    return dataclasses.replace(config, model=model, attention=resolve_implementation(config.attention))
+    try:
+        attention = resolve_implementation(
+            config.attention, head_width=model.head_width, dtype=jnp.dtype(model.compute_dtype)
+        )
+    except ValueError as error:
+        raise UsageError(f"--attention {config.attention}: {error}") from error
+    return dataclasses.replace(config, model=model, attention=attention)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

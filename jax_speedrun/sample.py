@@ -27,7 +27,7 @@ class Trained(NamedTuple):
 
 
 def load(run: Path) -> Trained:
-    """The newest complete checkpoint of a run.
+    """Parameters and configuration of the newest complete checkpoint of a run.
 
     Raises:
       UsageError: if the folder holds none.

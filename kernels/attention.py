@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from .attention_reference import reference_attention
 from .attention_xla import xla_attention
-from .block_mask import BlockMask
+from .block_mask import BLOCK_SIZE, BlockMask
 
 Implementation = Literal["auto", "hopper", "xla", "reference"]
 
@@ -37,7 +39,8 @@ def block_sparse_attention(
       ValueError: for shapes, dtypes or block sizes that are not supported.
     """
     _check(q, k, v, mask)
-    attend = _IMPLEMENTATIONS[resolve_implementation(implementation)]
+    name = resolve_implementation(implementation, head_width=q.shape[-1], dtype=q.dtype, block_size=mask.block_size)
+    attend = _IMPLEMENTATIONS[name]
 
     def attend_one(q: Array, k: Array, v: Array, mask: BlockMask) -> Array:
         return attend(q, k, v, mask, scale).astype(q.dtype)
@@ -49,20 +52,35 @@ def block_sparse_attention(
     return jax.lax.map(lambda args: attend_one(*args), (q, k, v, mask))
 
 
-def resolve_implementation(name: Implementation) -> Implementation:
-    """What `auto` stands for on this machine's default device; any other name stands for itself.
+def resolve_implementation(
+    name: Implementation, *, head_width: int, dtype: DTypeLike, block_size: int = BLOCK_SIZE
+) -> Implementation:
+    """What `auto` stands for on this machine's default device, for inputs of this kind; other names for themselves.
 
     Raises:
       ValueError: for an unknown name, or one that does not run here.
     """
     if name not in get_args(Implementation):
         raise ValueError(f"unknown implementation {name!r}; choose one of {', '.join(get_args(Implementation))}")
-    if name == "hopper":
-        raise ValueError("implementation='hopper' is not available yet; use 'xla'")
-    return "xla" if name == "auto" else name
+    device = jax.devices()[0]
+    on_hopper = getattr(device, "compute_capability", None) == "9.0"
+    if name == "hopper" and not on_hopper:
+        raise ValueError(f"implementation 'hopper' needs an H100 or H200, not {device.device_kind}; use 'xla' or 'auto'")
+    if name == "auto":
+        fits = jnp.dtype(dtype) == jnp.bfloat16 and head_width in (64, 128) and block_size == BLOCK_SIZE
+        return "hopper" if on_hopper and fits else "xla"
+    return name
 
 
-_IMPLEMENTATIONS: dict[Implementation, Callable[..., Array]] = {
+def _hopper_attention(q: Array, k: Array, v: Array, mask: BlockMask, scale: float) -> Array:
+    # Imported when used: Pallas' GPU backend is not part of every jaxlib.
+    from .attention_hopper import hopper_attention
+
+    return hopper_attention(q, k, v, mask, scale=scale)
+
+
+_IMPLEMENTATIONS: dict[Implementation, Callable[[Array, Array, Array, BlockMask, float], Array]] = {
+    "hopper": _hopper_attention,
     "reference": reference_attention,
     "xla": xla_attention,
 }

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from .attention_hopper_backward import backward_dkv, backward_dq
-from .attention_hopper_config import KEY_BLOCK, MULTIPROCESSORS
+from .attention_hopper_config import KEY_BLOCK
 from .attention_hopper_forward import forward
-from .attention_hopper_walk import Walks, build_walks, share_out
+from .attention_hopper_walk import Walks, build_walks
 from .block_mask import BlockMask
 
 HEAD_WIDTHS = (64, 128)
-
-type Plan = tuple[Array, Walks, tuple[Array, Array]]  # documents, walks, and portions by query and by key
 
 
 def hopper_supported() -> bool:
@@ -43,39 +41,31 @@ def hopper_attention(
       ValueError: for a shape, dtype, block size or scale that is not supported.
     """
     _check(q_THK, k_THK, v_THK, mask, scale)
-    walks = build_walks(mask)
-    multiprocessors = 1 if interpret else MULTIPROCESSORS
-    portions = (
-        share_out(walks.by_query, q_THK.shape[1], multiprocessors),
-        share_out(walks.by_key, q_THK.shape[1], multiprocessors),
-    )
-    return _attention(scale, interpret, q_THK, k_THK, v_THK, (mask.documents, walks, portions))
+    return _attention(scale, interpret, q_THK, k_THK, v_THK, mask.documents, build_walks(mask))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale: float, interpret: bool, q: Array, k: Array, v: Array, plan: Plan) -> Array:
-    return _attention_forward(scale, interpret, q, k, v, plan)[0]
+def _attention(scale: float, interpret: bool, q: Array, k: Array, v: Array, documents: Array, walks: Walks) -> Array:
+    return _attention_forward(scale, interpret, q, k, v, documents, walks)[0]
 
 
 def _attention_forward(
-    scale: float, interpret: bool, q: Array, k: Array, v: Array, plan: Plan
-) -> tuple[Array, tuple[Array, Array, Array, Array, Array, Plan]]:
-    documents, walks, portions = plan
-    o, lse = forward(q, k, v, documents, walks.by_query, portions[0], scale=scale, interpret=interpret)
-    return o, (q, k, v, o, lse, plan)
+    scale: float, interpret: bool, q: Array, k: Array, v: Array, documents: Array, walks: Walks
+) -> tuple[Array, tuple[Array, Array, Array, Array, Array, Array, Walks]]:
+    o, lse = forward(q, k, v, documents, walks.by_query, scale=scale, interpret=interpret)
+    return o, (q, k, v, o, lse, documents, walks)
 
 
 def _attention_backward(
-    scale: float, interpret: bool, saved: tuple[Array, Array, Array, Array, Array, Plan], do: Array
-) -> tuple[Array, Array, Array, None]:
-    q, k, v, o, lse, (documents, walks, portions) = saved
-    dq, delta = backward_dq(
-        q, k, v, o, do, lse, documents, walks.by_query, portions[0], scale=scale, interpret=interpret
-    )
-    dk, dv = backward_dkv(
-        q, k, v, do, lse, delta, documents, walks.by_key, portions[1], scale=scale, interpret=interpret
-    )
-    return dq, dk, dv, None
+    scale: float,
+    interpret: bool,
+    saved: tuple[Array, Array, Array, Array, Array, Array, Walks],
+    do: Array,
+) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, o, lse, documents, walks = saved
+    dq, delta = backward_dq(q, k, v, o, do, lse, documents, walks.by_query, scale=scale, interpret=interpret)
+    dk, dv = backward_dkv(q, k, v, do, lse, delta, documents, walks.by_key, scale=scale, interpret=interpret)
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

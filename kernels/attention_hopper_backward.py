@@ -28,7 +28,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS, DKV, DQ, HALF, KEY_BLOCK, QUERY_BLOCK, HopperConfig
+from .attention_hopper_config import COMPUTE_WARPGROUPS, DKV, DQ, HALF, KEY_BLOCK, MULTIPROCESSORS, QUERY_BLOCK, HopperConfig
 from .attention_hopper_ops import (
     COLUMN,
     ROW,
@@ -42,8 +42,8 @@ from .attention_hopper_ops import (
     tile,
     with_accumulators,
 )
-from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce
-from .attention_hopper_walk import ENTRY_BITS, HEADER, PARTIAL_BIT
+from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce, release_last
+from .attention_hopper_walk import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, share_out
 
 PARTS = KEY_BLOCK // HALF
 SCORES = plgpu.ACC((HALF, HALF), jnp.float32)
@@ -58,7 +58,6 @@ def backward_dq(
     lse_HT: Array,
     documents_T: Array,
     walk: Array,
-    portions: Array,
     *,
     scale: float,
     interpret: bool,
@@ -66,8 +65,9 @@ def backward_dq(
 ) -> tuple[Array, Array]:
     """Gradient of q, (T, H, K) bf16, and delta (H, T) float32. `walk` is `Walks.by_query`."""
     length, heads, width = q_THK.shape
+    shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
-    def body(q, k, v, o, do, lse, documents, walk, portions, dq, delta, *, smem, barriers, accumulators) -> None:
+    def body(q, k, v, o, do, lse, documents, walk, shares, dq, delta, *, smem, barriers, accumulators) -> None:
         q_smem, do_smem, lse_smem, query_documents, kv_smem, key_documents, delta_smem = smem
         hold = Ring(
             [
@@ -91,16 +91,10 @@ def backward_dq(
         # it just fills one step, instead of taking resident memory of its own.
         preface = [*halves(o, kv_smem), stream_documents]
 
-        def send(slot: Array, block: Array, head: Array) -> None:
-            for half in range(COMPUTE_WARPGROUPS):
-                own = pl.ds(block * QUERY_BLOCK + half * HALF, HALF)
-                plgpu.copy_smem_to_gmem(q_smem.at[slot, half], dq.at[own, head])
-                plgpu.copy_smem_to_gmem(delta_smem.at[slot, half], delta.at[head, own])
-
-        one_tile = functools.partial(_one_dq_tile, walk, hold, stream, smem, accumulators, scale)
+        one_tile = functools.partial(_one_dq_tile, walk, dq, delta, hold, stream, smem, accumulators, scale)
         split_roles(
-            functools.partial(produce, walk, portions, heads, hold, [stream], HALF, send, preface),
-            functools.partial(for_each_tile, walk, portions, heads, one_tile),
+            functools.partial(produce, walk, shares, heads, hold, [stream], HALF, preface),
+            functools.partial(_consume, walk, shares, heads, hold, one_tile),
             config,
         )
 
@@ -121,9 +115,9 @@ def backward_dq(
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 2, config.slots), (3, config.stages)),
             accumulators=interpreter_buffers((HALF, width), interpret=interpret),
         ),
-        programs=portions.shape[0] - 1,
+        programs=shares.shape[0],
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, walk, portions)
+    )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, walk, shares)
 
 
 def backward_dkv(
@@ -135,16 +129,16 @@ def backward_dkv(
     delta_HT: Array,
     documents_T: Array,
     walk: Array,
-    portions: Array,
     *,
     scale: float,
     interpret: bool,
     config: HopperConfig = DKV,
 ) -> tuple[Array, Array]:
     """Gradients of k and v, each (T, H, K) bf16. `walk` is `Walks.by_key`."""
-    _, heads, width = q_THK.shape
+    length, heads, width = q_THK.shape
+    shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
-    def body(q, k, v, do, lse, delta, documents, walk, portions, dk, dv, *, smem, barriers, accumulators) -> None:
+    def body(q, k, v, do, lse, delta, documents, walk, shares, dk, dv, *, smem, barriers, accumulators) -> None:
         k_smem, v_smem, key_documents, qdo_smem, lse_smem, delta_smem, query_documents = smem
         hold = Ring(
             [
@@ -165,16 +159,10 @@ def backward_dkv(
             *barriers[2:],
         )
 
-        def send(slot: Array, block: Array, head: Array) -> None:
-            for half in range(COMPUTE_WARPGROUPS):
-                own = pl.ds(block * KEY_BLOCK + half * HALF, HALF)
-                plgpu.copy_smem_to_gmem(k_smem.at[slot, half], dk.at[own, head])
-                plgpu.copy_smem_to_gmem(v_smem.at[slot, half], dv.at[own, head])
-
-        one_tile = functools.partial(_one_dkv_tile, walk, hold, stream, smem, accumulators, scale)
+        one_tile = functools.partial(_one_dkv_tile, walk, dk, dv, hold, stream, smem, accumulators, scale)
         split_roles(
-            functools.partial(produce, walk, portions, heads, hold, [stream], HALF, send),
-            functools.partial(for_each_tile, walk, portions, heads, one_tile),
+            functools.partial(produce, walk, shares, heads, hold, [stream], HALF),
+            functools.partial(_consume, walk, shares, heads, hold, one_tile),
             config,
         )
 
@@ -196,12 +184,17 @@ def backward_dkv(
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 1, config.slots), (5, config.stages)),
             accumulators=interpreter_buffers((HALF, width), (HALF, width), interpret=interpret),
         ),
-        programs=portions.shape[0] - 1,
+        programs=shares.shape[0],
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, walk, portions)
+    )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, walk, shares)
 
 
-def _for_each_quarter(walk, at: Tile, stream: Ring, first_step: Array, seen_bit, quarter) -> None:
+def _consume(walk, shares, heads, hold: Ring, one_tile) -> None:
+    count, _ = for_each_tile(walk, shares, heads, one_tile)
+    release_last(hold, count)
+
+
+def _for_each_quarter(walk, at: Tile, hold: Ring, stream: Ring, first_step: Array, seen_bit, quarter) -> None:
     """Run quarter(stage, first row, masked) on each streamed half block that this warpgroup needs."""
 
     def one_half(i: Array, entry: Array) -> Array:
@@ -209,18 +202,20 @@ def _for_each_quarter(walk, at: Tile, stream: Ring, first_step: Array, seen_bit,
         half = lax.rem(i, PARTS)
         stage = stream.slot(first_step + i)
         first_row = (entry >> ENTRY_BITS) * KEY_BLOCK + half * HALF
-        partial = (entry >> PARTIAL_BIT) & 1
+        partial = ((entry >> DOCUMENTS_BIT) & 1) | ((entry >> POSITIONS_BIT) & 1)
         seen = (entry >> seen_bit(half)) & 1
         plgpu.barrier_wait(stream.ready.at[stage])
         pl.when(partial == 0)(functools.partial(quarter, stage, first_row, masked=False))
         pl.when((partial == 1) & (seen == 1))(functools.partial(quarter, stage, first_row, masked=True))
         plgpu.barrier_arrive(stream.free.at[stage])
+        pl.when(i == 0)(lambda: release_last(hold, at.index))
         return following
 
     lax.fori_loop(0, at.entries * PARTS, one_half, at.first_entry)
+    pl.when(at.entries == 0)(lambda: release_last(hold, at.index))
 
 
-def _one_dq_tile(walk, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
+def _one_dq_tile(walk, dq, delta_out, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
     """dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
     warpgroup = lax.axis_index("warpgroup")
     q_smem, do_smem, lse_smem, query_documents, kv_smem, key_documents, delta_smem = smem
@@ -266,15 +261,16 @@ def _one_dq_tile(walk, hold: Ring, stream: Ring, smem, accumulators, scale, at: 
             multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile, interpret=bool(accumulators))
             plgpu.wgmma_wait(0)
 
-        _for_each_quarter(walk, at, stream, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
+        _for_each_quarter(walk, at, hold, stream, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
         q_tile[...] = (dq_acc[...] * scale).astype(jnp.bfloat16)
 
     with_accumulators(accumulate, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(hold.free.at[slot])
+    plgpu.copy_smem_to_gmem(q_tile, dq.at[pl.ds(first_query, HALF), at.head])
+    plgpu.copy_smem_to_gmem(delta_smem.at[slot, warpgroup], delta_out.at[at.head, pl.ds(first_query, HALF)])
 
 
-def _one_dkv_tile(walk, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
+def _one_dkv_tile(walk, dk, dv, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
     """dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
     warpgroup = lax.axis_index("warpgroup")
     k_smem, v_smem, key_documents, qdo_smem, lse_smem, delta_smem, query_documents = smem
@@ -314,10 +310,11 @@ def _one_dkv_tile(walk, hold: Ring, stream: Ring, smem, accumulators, scale, at:
             plgpu.wgmma_wait(0)
 
         first_step = at.entries_before * PARTS
-        _for_each_quarter(walk, at, stream, first_step, lambda half: 2 * half + warpgroup, quarter)
+        _for_each_quarter(walk, at, hold, stream, first_step, lambda half: 2 * half + warpgroup, quarter)
         k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
         v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
 
     with_accumulators(accumulate, k_tile.shape, v_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(hold.free.at[slot])
+    plgpu.copy_smem_to_gmem(k_tile, dk.at[pl.ds(first_key, HALF), at.head])
+    plgpu.copy_smem_to_gmem(v_tile, dv.at[pl.ds(first_key, HALF), at.head])

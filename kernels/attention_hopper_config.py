@@ -22,7 +22,6 @@ class HopperConfig:
     slots: int
     compute_registers: int = 240
     producer_registers: int = 24
-    variant: str = ""
 
 
 FORWARD = HopperConfig(stages=2, slots=2)

@@ -29,7 +29,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS, FORWARD, HALF, KEY_BLOCK, QUERY_BLOCK, HopperConfig
+from .attention_hopper_config import COMPUTE_WARPGROUPS, FORWARD, HALF, KEY_BLOCK, MULTIPROCESSORS, QUERY_BLOCK, HopperConfig
 from .attention_hopper_ops import (
     COLUMN,
     ROW,
@@ -43,8 +43,8 @@ from .attention_hopper_ops import (
     tile,
     with_accumulators,
 )
-from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce
-from .attention_hopper_walk import ENTRY_BITS, HEADER, PARTIAL_BIT
+from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce, release_last
+from .attention_hopper_walk import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, share_out
 
 LOWEST = -1e30
 
@@ -55,7 +55,6 @@ def forward(
     v_THK: Array,
     documents_T: Array,
     walk: Array,
-    portions: Array,
     *,
     scale: float,
     interpret: bool,
@@ -63,12 +62,12 @@ def forward(
 ) -> tuple[Array, Array]:
     """Attention output (T, H, K) bf16 and log2-sum-exp2 of the scaled scores (H, T) float32.
 
-    Rows that see nothing give 0 in both. `walk` is `Walks.by_query`, `portions`
-    what `share_out` makes of it.
+    Rows that see nothing give 0 in both. `walk` is `Walks.by_query`.
     """
     length, heads, width = q_THK.shape
+    shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
-    def body(q, k, v, documents, walk, portions, o, lse, *, smem, barriers, accumulators, turn) -> None:
+    def body(q, k, v, documents, walk, shares, o, lse, *, smem, barriers, accumulators, turn) -> None:
         q_smem, query_documents, k_smem, key_documents, v_smem, lse_smem = smem
         hold = Ring(
             [*halves(q, q_smem), Copy(documents, lambda slot: query_documents.at[slot], QUERY_BLOCK)], *barriers[:2]
@@ -82,24 +81,15 @@ def forward(
         )
         stream_v = Ring([Copy(v, lambda stage: v_smem.at[stage], KEY_BLOCK)], *barriers[4:])
 
-        def send(slot: Array, block: Array, head: Array) -> None:
-            for half in range(COMPUTE_WARPGROUPS):
-                own = pl.ds(block * QUERY_BLOCK + half * HALF, HALF)
-                plgpu.copy_smem_to_gmem(q_smem.at[slot, half], o.at[own, head])
-                plgpu.copy_smem_to_gmem(lse_smem.at[slot, half], lse.at[head, own])
-
         def consume() -> None:
-            for_each_tile(
-                walk,
-                portions,
-                heads,
-                functools.partial(_one_tile, walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, config.variant),
+            one_tile = functools.partial(
+                _one_tile, walk, o, lse, hold, stream_k, stream_v, smem, turn, accumulators, scale
             )
+            count, _ = for_each_tile(walk, shares, heads, one_tile)
+            release_last(hold, count)
 
         split_roles(
-            functools.partial(produce, walk, portions, heads, hold, [stream_k, stream_v], KEY_BLOCK, send),
-            consume,
-            config,
+            functools.partial(produce, walk, shares, heads, hold, [stream_k, stream_v], KEY_BLOCK), consume, config
         )
 
     return launch(
@@ -119,12 +109,12 @@ def forward(
             accumulators=interpreter_buffers((HALF, width), interpret=interpret),
             turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
-        programs=portions.shape[0] - 1,
+        programs=shares.shape[0],
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, documents_T, walk, portions)
+    )(q_THK, k_THK, v_THK, documents_T, walk, shares)
 
 
-def _one_tile(walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, variant, at: Tile) -> None:
+def _one_tile(walk, o, lse, hold, stream_k, stream_v, smem, turn, accumulators, scale, at: Tile) -> None:
     """Attention of this warpgroup's 64 queries."""
     warpgroup = lax.axis_index("warpgroup")
     q_smem, query_documents, k_smem, key_documents, v_smem, lse_smem = smem
@@ -134,36 +124,18 @@ def _one_tile(walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, v
     q_tile = q_smem.at[slot, warpgroup]
     plgpu.barrier_wait(hold.ready.at[slot])
     documents_q = plgpu.load(query_documents.at[slot, pl.ds(warpgroup * HALF, HALF)], layout=ROW)
-    position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
-    interpret = bool(accumulators)
+    position_q = warpgroup * HALF + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
 
-    def take_turn():
-        if "pingpong" in variant:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
-    def mask_out(scores: Array, entry: Array, stage: Array) -> Array:
-        if "nomask" in variant:
-            return scores
+    def hide_other_documents(s: Array, stage: Array) -> Array:
         documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
-        first_key = (entry >> ENTRY_BITS) * KEY_BLOCK
-        position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (KEY_BLOCK,), 0, layout=COLUMN)
-        visible = (rows(documents_q, scores) == columns(documents_k, scores)) & (
-            columns(position_k, scores) <= rows(position_q, scores)
-        )
-        return jnp.where(visible, scores, -jnp.inf)
+        return jnp.where(rows(documents_q, s) == columns(documents_k, s), s, -jnp.inf)
+
+    def hide_later_keys(s: Array) -> Array:
+        # Positions matter on the diagonal only, where both blocks start at the same token.
+        position_k = plgpu.broadcasted_iota(jnp.int32, (KEY_BLOCK,), 0, layout=COLUMN)
+        return jnp.where(columns(position_k, s) <= rows(position_q, s), s, -jnp.inf)
 
     def attend(o_acc: jax.Ref) -> None:
-        def softmax(s, maximum, total):
-            new_maximum = jnp.maximum(maximum, s.max(axis=1) * c)
-            rescale = jnp.exp2(maximum - new_maximum)
-            p = jnp.exp2(s * c - rows(new_maximum, s))
-            return p.astype(jnp.bfloat16), new_maximum, total * rescale + p.sum(axis=1), rescale
-
-        def masked(s, entry, stage):
-            is_partial = (entry >> PARTIAL_BIT) & 1 == 1
-            return lax.cond(is_partial, lambda: mask_out(s, entry, stage), lambda: s)
-
         def one_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, entry = carry
             stage = stream_k.slot(at.entries_before + i)
@@ -171,98 +143,38 @@ def _one_tile(walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, v
 
             def scores(s_acc: jax.Ref) -> Array:
                 plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
-                take_turn()
+                _take_turn(turn)
                 return s_acc[...]
 
             plgpu.barrier_wait(stream_k.ready.at[stage])
             s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
-            s = masked(s, entry, stage)
+            s = lax.cond(entry & (1 << DOCUMENTS_BIT) != 0, lambda: hide_other_documents(s, stage), lambda: s)
             plgpu.barrier_arrive(stream_k.free.at[stage])
-            p, maximum, total, rescale = softmax(s, maximum, total)
+            s = lax.cond(entry & (1 << POSITIONS_BIT) != 0, lambda: hide_later_keys(s), lambda: s)
+
+            new_maximum = jnp.maximum(maximum, s.max(axis=1) * c)
+            rescale = jnp.exp2(maximum - new_maximum)
+            p = jnp.exp2(s * c - rows(new_maximum, s))
+            total = total * rescale + p.sum(axis=1)
             o_value = o_acc[...]
             o_acc[...] = o_value * rows(rescale, o_value)
-            if "pingpong" in variant:
-                maximum, total, p = lax.optimization_barrier((maximum, total, p))
-                plgpu.barrier_arrive(turn)
+            # The softmax must be over before the other warpgroup is let on.
+            new_maximum, total, p_bf16 = lax.optimization_barrier((new_maximum, total, p.astype(jnp.bfloat16)))
+            plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(stream_v.ready.at[stage])
-            if "pingpong" in variant:
-                plgpu.barrier_wait(turn)
-            multiply_add(o_acc, p, v_smem.at[stage], interpret=interpret)
+            plgpu.barrier_wait(turn)
+            multiply_add(o_acc, p_bf16, v_smem.at[stage], interpret=bool(accumulators))
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(stream_v.free.at[stage])
-            return maximum, total, following
-
-        def pipelined(start, zero):
-            def first():
-                stage = stream_k.slot(at.entries_before)
-
-                def scores(s_acc):
-                    plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
-                    return s_acc[...]
-
-                plgpu.barrier_wait(stream_k.ready.at[stage])
-                s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
-                s = masked(s, at.first_entry, stage)
-                plgpu.barrier_arrive(stream_k.free.at[stage])
-                p, maximum, total, _ = softmax(s, start, zero)
-                return p, maximum, total
-
-            def nothing():
-                return (
-                    plgpu.layout_cast(jnp.zeros((HALF, KEY_BLOCK), jnp.bfloat16), plgpu.Layout.WGMMA),
-                    start,
-                    zero,
-                )
-
-            def step(i, carry):
-                p, maximum, total, entry = carry
-                stage, before = stream_k.slot(at.entries_before + i), stream_k.slot(at.entries_before + i - 1)
-                following = walk[at.rank, HEADER + i + 1]
-
-                def both(partial):
-                    def scores(s_acc):
-                        plgpu.wgmma(s_acc, q_tile, k_smem.at[stage].transpose((1, 0)))
-                        multiply_add(o_acc, p, v_smem.at[before], interpret=interpret)
-                        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-
-                    s = pl.run_scoped(scores, plgpu.ACC((HALF, KEY_BLOCK), jnp.float32))
-                    if partial:
-                        s = mask_out(s, entry, stage)
-                    plgpu.barrier_arrive(stream_k.free.at[stage])
-                    new_p, new_maximum, new_total, rescale = softmax(s, maximum, total)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(stream_v.free.at[before])
-                    o_value = o_acc[...]
-                    o_acc[...] = o_value * rows(rescale, o_value)
-                    return new_p, new_maximum, new_total, following
-
-                plgpu.barrier_wait(stream_k.ready.at[stage])
-                plgpu.barrier_wait(stream_v.ready.at[before])
-                is_partial = (entry >> PARTIAL_BIT) & 1 == 1
-                return lax.cond(is_partial, lambda: both(True), lambda: both(False))
-
-            second = walk[at.rank, HEADER + 1]
-            p, maximum, total = lax.cond(at.entries > 0, first, nothing)
-            p, maximum, total, _ = lax.fori_loop(1, at.entries, step, (p, maximum, total, second))
-
-            @pl.when(at.entries > 0)
-            def _last():
-                stage = stream_k.slot(at.entries_before + at.entries - 1)
-                plgpu.barrier_wait(stream_v.ready.at[stage])
-                multiply_add(o_acc, p, v_smem.at[stage], interpret=interpret)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(stream_v.free.at[stage])
-
-            return maximum, total
+            pl.when(i == 0)(lambda: release_last(hold, at.index))
+            return new_maximum, total, following
 
         start = plgpu.layout_cast(jnp.full((HALF,), LOWEST, jnp.float32), ROW)
         zero = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), ROW)
-        if "pipelined" in variant:
-            maximum, total = pipelined(start, zero)
-        else:
-            pl.when(warpgroup == 1)(take_turn)
-            maximum, total, _ = lax.fori_loop(0, at.entries, one_step, (start, zero, at.first_entry))
-            pl.when(warpgroup == 0)(take_turn)
+        pl.when(warpgroup == 1)(lambda: _take_turn(turn))
+        maximum, total, _ = lax.fori_loop(0, at.entries, one_step, (start, zero, at.first_entry))
+        pl.when(warpgroup == 0)(lambda: _take_turn(turn))
+        pl.when(at.entries == 0)(lambda: release_last(hold, at.index))
 
         sees = total > 0
         safe_total = jnp.where(sees, total, 1.0)
@@ -272,4 +184,12 @@ def _one_tile(walk, hold, stream_k, stream_v, smem, turn, accumulators, scale, v
 
     with_accumulators(attend, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(hold.free.at[slot])
+    own = pl.ds(first_query, HALF)
+    plgpu.copy_smem_to_gmem(q_tile, o.at[own, at.head])
+    plgpu.copy_smem_to_gmem(lse_smem.at[slot, warpgroup], lse.at[at.head, own])
+
+
+def _take_turn(turn: jax.Ref) -> None:
+    """Meet the other warpgroup: they take turns, one at its products, one at its softmax."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)

@@ -6,12 +6,12 @@ of the other side past it. Both live in rings of buffers:
     producer     wait free[s] -> copy into s, which completes ready[s]
     consumers    wait ready[s] -> compute -> arrive free[s]
 
-A resident tile's result replaces it in its slot; `free` then means that the
-result is there. The producer sends it off just before it refills the slot, so
-that the consumers go on to the next tile, already in the other slot, at once:
+A tile's result replaces it in its slot, and is still on its way to global
+memory while the consumers compute the first step of the next tile, which came
+into the other slot meanwhile. Only then is the slot free:
 
-    producer    hold 0, stream 0 | hold 1, stream 1 | send 0, hold 2, stream 2 | ...
-    consumers         tile 0             tile 1              tile 2
+    producer   hold 0, stream 0 | hold 1, stream 1 | hold 2, stream 2 | ...
+    consumers        tile 0, send | tile 1: first step, free slot 0, the rest, send | ...
 """
 
 import functools
@@ -68,14 +68,13 @@ def halves(source: jax.Ref, buffer: jax.Ref) -> list[Copy]:
     return [half(i) for i in range(COMPUTE_WARPGROUPS)]
 
 
-def for_each_tile(walk: jax.Ref, portions: jax.Ref, heads: int, body: Callable[[Tile], None]) -> tuple[Array, Array]:
+def for_each_tile(walk: jax.Ref, shares: jax.Ref, heads: int, body: Callable[[Tile], None]) -> tuple[Array, Array]:
     """Run `body` on each tile of this program, alike in every warpgroup; returns their number and their entries."""
     program = lax.axis_index("program")
-    first = portions[program]
-    count = portions[program + 1] - first
+    first, stride, count = (shares[program, i] for i in range(3))
 
     def read(index: Array) -> tuple[Array, Array, Array, Array, Array]:
-        number = lax.min(first + index, walk.shape[0] * heads - 1)
+        number = lax.min(first + index * stride, walk.shape[0] * heads - 1)
         rank, head = lax.div(number, heads), lax.rem(number, heads)
         return rank, head, walk[rank, 0], walk[rank, 1], walk[rank, HEADER]
 
@@ -90,14 +89,22 @@ def for_each_tile(walk: jax.Ref, portions: jax.Ref, heads: int, body: Callable[[
     return count, entries
 
 
+def release_last(hold: Ring, index: Array) -> None:
+    """Free the slot of the tile before number `index`, whose result this warpgroup has sent."""
+
+    @pl.when(index > 0)
+    def _release() -> None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(hold.free.at[hold.slot(index - 1)])
+
+
 def produce(
     walk: jax.Ref,
-    portions: jax.Ref,
+    shares: jax.Ref,
     heads: int,
     hold: Ring,
     streams: Sequence[Ring],
     rows: int,
-    send: Callable[[Array, Array, Array], None],
     preface: Sequence[Copy] = (),
 ) -> None:
     """Keep all rings full.
@@ -105,49 +112,35 @@ def produce(
     Args:
       hold: the ring of resident tiles.
       streams: rings that advance together, `rows` rows a step.
-      send: send(slot, block, head) starts the copies of a tile's result to global memory.
       preface: copies that take the first step of each tile in the one stream, before its entries.
     """
-    slots, parts = hold.ready.shape[0], KEY_BLOCK // rows
+    parts = KEY_BLOCK // rows
     extra = 1 if preface else 0
-    first = portions[lax.axis_index("program")]
-
-    def send_off(index: Array) -> None:
-        slot = hold.slot(index)
-        rank, head = lax.div(first + index, heads), lax.rem(first + index, heads)
-        block = walk[rank, 0]
-        plgpu.barrier_wait(hold.free.at[slot])
-        send(slot, block, head)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def one_tile(tile: Tile) -> None:
-        pl.when(tile.index >= slots)(lambda: send_off(tile.index - slots))
-        _fill(hold, hold.copies, hold.slot(tile.index), tile.block * KEY_BLOCK, tile.head)
+        _fill(hold, hold.copies, tile.index, tile.block * KEY_BLOCK, tile.head)
         first_step = tile.entries_before * parts + tile.index * extra
         if preface:
-            _wait_free(streams[0], first_step)
-            _fill(streams[0], preface, streams[0].slot(first_step), tile.block * KEY_BLOCK, tile.head)
+            _fill(streams[0], preface, first_step, tile.block * KEY_BLOCK, tile.head)
 
-        @pl.loop(0, tile.entries * parts)
-        def _step(i: Array) -> None:
-            step = first_step + extra + i
-            block = walk[tile.rank, HEADER + lax.div(i, parts)] >> ENTRY_BITS
+        def one_step(i: Array, entry: Array) -> Array:
+            following = walk[tile.rank, HEADER + lax.div(i + 1, parts)]
+            first_row = (entry >> ENTRY_BITS) * KEY_BLOCK + lax.rem(i, parts) * rows
             for ring in streams:
-                _wait_free(ring, step)
-                _fill(ring, ring.copies, ring.slot(step), block * KEY_BLOCK + lax.rem(i, parts) * rows, tile.head)
+                _fill(ring, ring.copies, first_step + extra + i, first_row, tile.head)
+            return following
 
-    count, entries = for_each_tile(walk, portions, heads, one_tile)
-    for i in range(slots):
-        pl.when(count - slots + i >= 0)(functools.partial(send_off, count - slots + i))
+        lax.fori_loop(0, tile.entries * parts, one_step, tile.first_entry)
+
+    count, entries = for_each_tile(walk, shares, heads, one_tile)
+    _drain(hold, count)
     for ring in streams:
         _drain(ring, entries * parts + count * extra)
 
 
-def _wait_free(ring: Ring, step: Array) -> None:
-    pl.when(step >= ring.ready.shape[0])(lambda: plgpu.barrier_wait(ring.free.at[ring.slot(step)]))
-
-
-def _fill(ring: Ring, copies: Sequence[Copy], slot: Array, first_row: Array, head: Array) -> None:
+def _fill(ring: Ring, copies: Sequence[Copy], step: Array, first_row: Array, head: Array) -> None:
+    slot = ring.slot(step)
+    pl.when(step >= ring.ready.shape[0])(lambda: plgpu.barrier_wait(ring.free.at[slot]))
     for copy in copies:
         source = _rows(copy.source, pl.ds(first_row + copy.offset, copy.rows), head)
         plgpu.copy_gmem_to_smem(source, copy.buffer(slot), ring.ready.at[slot])

@@ -7,31 +7,33 @@ keys) and holds everything a program needs, side by side in memory:
 
 An entry packs the other side's block with what can be skipped inside it:
 
-    block << 5  |  partial << 4  |  seen[query half][key half], 4 bits
+    block << 6  |  positions << 5  |  documents << 4  |  seen[query half][key half], 4 bits
 
       queries  0-63   | 1 0 |     the bits of a diagonal block: the upper right
       queries 64-127  | 1 1 |     64 x 64 corner lies above the diagonal.
 
-A cleared bit promises that no query of that half sees a key of that half.
+A cleared `seen` bit promises that no query of that half sees a key of that
+half. `documents` and `positions` say what a partial block must compare: a block
+off the diagonal need not look at positions, nor one in one document at documents.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .attention_hopper_config import HALF
 from .block_mask import BlockMask
 
-ENTRY_BITS = 5
-PARTIAL_BIT = 4
+ENTRY_BITS = 6
+DOCUMENTS_BIT, POSITIONS_BIT = 4, 5
 HEADER = 2  # row and count come first
-# A multiprocessor's share of the work is cut in portions of these fractions.
-PORTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
 # Rows are sorted longest first, so that no long row starts last, but only
 # within this many blocks: neighbours share keys, which should still be in L2.
 SORT_GROUP = 64
+STEADY = 0.75  # share of the tiles that go in rounds
 
 
 @jax.tree_util.register_dataclass
@@ -46,25 +48,26 @@ class Walks:
 def build_walks(mask: BlockMask) -> Walks:
     """Pack the lists of `mask` (one sequence), for any lists and documents."""
     partial_QK, full_QK = mask.dense_blocks()
-    seen_QK = _seen_halves(mask.documents)
+    low_H, high_H = _document_range(mask.documents, HALF)
+    half = jnp.arange(low_H.shape[0])
+    seen_HH = (low_H[:, None] <= high_H) & (low_H <= high_H[:, None]) & (half[:, None] >= half)
+    blocks = low_H.shape[0] // 2
+    quarters = seen_HH.reshape(blocks, 2, blocks, 2).astype(jnp.int32)
+    seen_QK = jnp.einsum("qikj,ij->qk", quarters, jnp.array([[1, 2], [4, 8]]))
+
+    low_B, high_B = _document_range(mask.documents, 2 * HALF)
+    one_document_QK = (low_B == high_B)[:, None] & (low_B == high_B) & (low_B[:, None] == low_B)
+    compare_QK = ((~one_document_QK).astype(jnp.int32) << DOCUMENTS_BIT) | (jnp.eye(blocks, dtype=jnp.int32) << POSITIONS_BIT)
+
     visited_QK = full_QK | (partial_QK & (seen_QK > 0))
-    flags_QK = jnp.where(full_QK, 0b1111, (1 << PARTIAL_BIT) | seen_QK)
+    flags_QK = jnp.where(full_QK, 0b1111, compare_QK | seen_QK)
     return Walks(_pack(visited_QK, flags_QK), _pack(visited_QK.T, flags_QK.T))
 
 
-def _seen_halves(documents_T: Array) -> Array:
-    """For each (query block, key block): which 64 x 64 quarters may hold a visible pair, as 4 bits.
-
-    Looks at the range of document ids in each half, so it may keep a quarter
-    that turns out empty, and never drops one that is not.
-    """
-    halves = documents_T.reshape(-1, HALF)
-    low, high = halves.min(axis=1), halves.max(axis=1)
-    half = jnp.arange(halves.shape[0])
-    seen = (low[:, None] <= high) & (low <= high[:, None]) & (half[:, None] >= half)
-    quarters = seen.reshape(halves.shape[0] // 2, 2, -1, 2).astype(jnp.int32)
-    weight = jnp.array([[1, 2], [4, 8]])
-    return jnp.einsum("qikj,ij->qk", quarters, weight)
+def _document_range(documents_T: Array, size: int) -> tuple[Array, Array]:
+    """Lowest and highest id in each group of `size` tokens. Ranges that overlap may share a document."""
+    groups = documents_T.reshape(-1, size)
+    return groups.min(axis=1), groups.max(axis=1)
 
 
 def _pack(visited_RC: Array, flags_RC: Array) -> Array:
@@ -79,21 +82,22 @@ def _pack(visited_RC: Array, flags_RC: Array) -> Array:
     return table[order_R].astype(jnp.int32)
 
 
-def share_out(walk: Array, heads: int, multiprocessors: int) -> Array:
-    """Cut the tiles (row by row, all heads of a row together) into portions of known cost, one a program.
+def share_out(tiles: int, multiprocessors: int) -> np.ndarray:
+    """Which tiles each program takes: (programs, 3) int32 of first tile, stride, number of tiles.
 
-    Large portions come first and small ones last: the hardware starts them in
-    order wherever a multiprocessor comes free, so most tile changes happen
-    inside a program, which overlaps them, and all multiprocessors still finish
-    together (guided self-scheduling).
+    Most tiles go round and round to one program per multiprocessor, so that all
+    programs work near each other (what they read is in L2), and each hides the
+    change of tiles. The rest are portions of two tiles and then of one, which
+    the hardware starts wherever a program has ended: that evens out what the
+    first left uneven.
 
-    Returns: (programs + 1,) int32, the first tile of each program.
+        tiles  0 1 2 3 | 4 5 6 7 | 8 9 | 10 11 | 12 | 13        2 multiprocessors,
+        taken  A B A B | A B A B |  C  |   D   | E  | F          8 tiles in rounds
     """
-    fractions = jnp.repeat(jnp.array(PORTIONS) / multiprocessors, multiprocessors)
-    cost_R = walk[:, 1] + 1  # a tile itself costs about as much as a step
-    end_R = jnp.cumsum(cost_R) * heads
-    target = jnp.cumsum(fractions)[:-1] * end_R[-1]
-    row = jnp.searchsorted(end_R, target, side="right", method="compare_all")
-    inside = target - (end_R - cost_R * heads)[row]
-    first = row * heads + jnp.round(inside / cost_R[row]).astype(jnp.int32)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), first, jnp.array([walk.shape[0] * heads])]).astype(jnp.int32)
+    rounds = int(STEADY * tiles / multiprocessors)
+    start = rounds * multiprocessors
+    pairs = (tiles - start) // 4
+    steady = [(i, multiprocessors, rounds) for i in range(multiprocessors) if rounds]
+    double = [(start + 2 * i, 1, 2) for i in range(pairs)]
+    single = [(i, 1, 1) for i in range(start + 2 * pairs, tiles)]
+    return np.array(steady + double + single, np.int32)
