@@ -36,6 +36,8 @@ from .attention_hopper_ops import (
     interpreter_buffers,
     launch,
     multiply_add,
+    preload,
+    read,
     ring_barriers,
     rows,
     split_roles,
@@ -220,6 +222,7 @@ def _one_dq_tile(walk, dq, delta_out, hold: Ring, stream: Ring, smem, accumulato
     warpgroup = lax.axis_index("warpgroup")
     q_smem, do_smem, lse_smem, query_documents, kv_smem, key_documents, delta_smem = smem
     c = scale * math.log2(math.e)
+    interpret = bool(accumulators)
     slot = hold.slot(at.index)
     own = pl.ds(warpgroup * HALF, HALF)
     first_query = at.block * QUERY_BLOCK + warpgroup * HALF
@@ -241,24 +244,25 @@ def _one_dq_tile(walk, dq, delta_out, hold: Ring, stream: Ring, smem, accumulato
     def accumulate(dq_acc: jax.Ref) -> None:
         def quarter(stage: Array, first_key: Array, *, masked: bool) -> None:
             k_tile, v_tile = kv_smem.at[stage, 0], kv_smem.at[stage, 1]
+            s_start, dp_start = rows(-lse / c, (HALF, HALF)), rows(-delta, (HALF, HALF))
 
             def score_gradient(s_acc: jax.Ref, dp_acc: jax.Ref) -> Array:
+                preload(s_acc, s_start, interpret=interpret)
+                preload(dp_acc, dp_start, interpret=interpret)
                 plgpu.wgmma(s_acc, q_tile, k_tile.transpose((1, 0)))
                 plgpu.wgmma(dp_acc, do_tile, v_tile.transpose((1, 0)))
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                p = jnp.exp2(s * c - rows(lse, s))
+                p = jnp.exp2(read(s_acc, s_start, in_flight=1, interpret=interpret) * c)
                 if masked:
                     documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
                     position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=COLUMN)
-                    visible = (rows(documents_q, s) == columns(documents_k, s)) & (
-                        columns(position_k, s) <= rows(position_q, s)
+                    visible = (rows(documents_q, p.shape) == columns(documents_k, p.shape)) & (
+                        columns(position_k, p.shape) <= rows(position_q, p.shape)
                     )
                     p = jnp.where(visible, p, 0.0)
-                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                return p * (dp - rows(delta, dp))
+                return p * read(dp_acc, dp_start, in_flight=0, interpret=interpret)
 
             ds = pl.run_scoped(score_gradient, SCORES, SCORES)
-            multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile, interpret=bool(accumulators))
+            multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile, interpret=interpret)
             plgpu.wgmma_wait(0)
 
         _for_each_quarter(walk, at, hold, stream, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
@@ -288,22 +292,22 @@ def _one_dkv_tile(walk, dk, dv, hold: Ring, stream: Ring, smem, accumulators, sc
             q_tile, do_tile = qdo_smem.at[stage, 0], qdo_smem.at[stage, 1]
 
             def score_gradient(s_acc: jax.Ref, dp_acc: jax.Ref) -> Array:
+                s_start = columns(plgpu.load(lse_smem.at[stage], layout=COLUMN) * (-1 / c), (HALF, HALF))
+                dp_start = columns(-plgpu.load(delta_smem.at[stage], layout=COLUMN), (HALF, HALF))
+                preload(s_acc, s_start, interpret=interpret)
+                preload(dp_acc, dp_start, interpret=interpret)
                 plgpu.wgmma(s_acc, k_tile, q_tile.transpose((1, 0)))
                 plgpu.wgmma(dp_acc, v_tile, do_tile.transpose((1, 0)))
-                lse = plgpu.load(lse_smem.at[stage], layout=COLUMN)
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                p = jnp.exp2(s * c - columns(lse, s))
+                p = jnp.exp2(read(s_acc, s_start, in_flight=1, interpret=interpret) * c)
                 if masked:
                     documents_q = plgpu.load(query_documents.at[stage], layout=COLUMN)
                     position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=COLUMN)
-                    visible = (rows(documents_k, s) == columns(documents_q, s)) & (
-                        rows(position_k, s) <= columns(position_q, s)
+                    visible = (rows(documents_k, p.shape) == columns(documents_q, p.shape)) & (
+                        rows(position_k, p.shape) <= columns(position_q, p.shape)
                     )
                     p = jnp.where(visible, p, 0.0)
                 multiply_add(dv_acc, p.astype(jnp.bfloat16), do_tile, interpret=interpret)
-                delta = plgpu.load(delta_smem.at[stage], layout=COLUMN)
-                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)  # dV may still run
-                return p * (dp - columns(delta, dp))
+                return p * read(dp_acc, dp_start, in_flight=1, interpret=interpret)  # dV may still run
 
             ds = pl.run_scoped(score_gradient, SCORES, SCORES)
             multiply_add(dk_acc, ds.astype(jnp.bfloat16), q_tile, interpret=interpret)

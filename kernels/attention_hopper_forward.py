@@ -128,12 +128,12 @@ def _one_tile(walk, o, lse, hold, stream_k, stream_v, smem, turn, accumulators, 
 
     def hide_other_documents(s: Array, stage: Array) -> Array:
         documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
-        return jnp.where(rows(documents_q, s) == columns(documents_k, s), s, -jnp.inf)
+        return jnp.where(rows(documents_q, s.shape) == columns(documents_k, s.shape), s, -jnp.inf)
 
     def hide_later_keys(s: Array) -> Array:
         # Positions matter on the diagonal only, where both blocks start at the same token.
         position_k = plgpu.broadcasted_iota(jnp.int32, (KEY_BLOCK,), 0, layout=COLUMN)
-        return jnp.where(columns(position_k, s) <= rows(position_q, s), s, -jnp.inf)
+        return jnp.where(columns(position_k, s.shape) <= rows(position_q, s.shape), s, -jnp.inf)
 
     def attend(o_acc: jax.Ref) -> None:
         def one_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -154,10 +154,10 @@ def _one_tile(walk, o, lse, hold, stream_k, stream_v, smem, turn, accumulators, 
 
             new_maximum = jnp.maximum(maximum, s.max(axis=1) * c)
             rescale = jnp.exp2(maximum - new_maximum)
-            p = jnp.exp2(s * c - rows(new_maximum, s))
+            p = jnp.exp2(s * c - rows(new_maximum, s.shape))
             total = total * rescale + p.sum(axis=1)
             o_value = o_acc[...]
-            o_acc[...] = o_value * rows(rescale, o_value)
+            o_acc[...] = o_value * rows(rescale, o_value.shape)
             # The softmax must be over before the other warpgroup is let on.
             new_maximum, total, p_bf16 = lax.optimization_barrier((new_maximum, total, p.astype(jnp.bfloat16)))
             plgpu.barrier_arrive(turn)
@@ -179,7 +179,7 @@ def _one_tile(walk, o, lse, hold, stream_k, stream_v, smem, turn, accumulators, 
         sees = total > 0
         safe_total = jnp.where(sees, total, 1.0)
         o_value = o_acc[...]
-        q_tile[...] = (o_value * rows(1 / safe_total, o_value)).astype(jnp.bfloat16)
+        q_tile[...] = (o_value * rows(1 / safe_total, o_value.shape)).astype(jnp.bfloat16)
         lse_smem[slot, warpgroup] = jnp.where(sees, maximum + jnp.log(safe_total) * math.log2(math.e), 0.0)
 
     with_accumulators(attend, q_tile.shape, buffers=accumulators)

@@ -45,14 +45,26 @@ def multiply_add(acc: jax.Ref, a: Array, b: jax.Ref, *, interpret: bool) -> None
         plgpu.wgmma(acc, a, b)
 
 
-def rows(value: Array, like: Array) -> Array:
+def preload(acc: jax.Ref, value: Array, *, interpret: bool) -> None:
+    """Let a fresh accumulator start from `value`; the interpreter adds it in `read` instead."""
+    if not interpret:
+        acc[...] = value
+
+
+def read(acc: jax.Ref, preloaded: Array, *, in_flight: int, interpret: bool) -> Array:
+    """A preloaded accumulator's value, once at most `in_flight` later products are still running."""
+    value = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+    return value + preloaded if interpret else value
+
+
+def rows(value: Array, shape: tuple[int, ...]) -> Array:
     """Broadcast one value per row to a tile."""
-    return lax.broadcast_in_dim(value, like.shape, [0])
+    return lax.broadcast_in_dim(value, shape, [0])
 
 
-def columns(value: Array, like: Array) -> Array:
+def columns(value: Array, shape: tuple[int, ...]) -> Array:
     """Broadcast one value per column to a tile."""
-    return lax.broadcast_in_dim(value, like.shape, [1])
+    return lax.broadcast_in_dim(value, shape, [1])
 
 
 def tile(*shape: int) -> pl.MemoryRef:

@@ -1,4 +1,4 @@
-"""What the Hopper kernels walk: the mask's lists, merged, packed into integers and sorted for balance.
+"""What the Hopper kernels walk: the mask's lists, merged, packed into integers and put in the order of work.
 
 One row of a walk serves one tile of 128 queries (or, for dK and dV, of 128
 keys) and holds everything a program needs, side by side in memory:
@@ -24,16 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .attention_hopper_config import HALF
+from .attention_hopper_config import HALF, STEADY
 from .block_mask import BlockMask
 
 ENTRY_BITS = 6
 DOCUMENTS_BIT, POSITIONS_BIT = 4, 5
 HEADER = 2  # row and count come first
-# Rows are sorted longest first, so that no long row starts last, but only
-# within this many blocks: neighbours share keys, which should still be in L2.
-SORT_GROUP = 64
-STEADY = 0.75  # share of the tiles that go in rounds
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +53,8 @@ def build_walks(mask: BlockMask) -> Walks:
 
     low_B, high_B = _document_range(mask.documents, 2 * HALF)
     one_document_QK = (low_B == high_B)[:, None] & (low_B == high_B) & (low_B[:, None] == low_B)
-    compare_QK = ((~one_document_QK).astype(jnp.int32) << DOCUMENTS_BIT) | (jnp.eye(blocks, dtype=jnp.int32) << POSITIONS_BIT)
+    diagonal_QK = jnp.eye(blocks, dtype=jnp.int32)
+    compare_QK = jnp.where(one_document_QK, 0, 1 << DOCUMENTS_BIT) | (diagonal_QK << POSITIONS_BIT)
 
     visited_QK = full_QK | (partial_QK & (seen_QK > 0))
     flags_QK = jnp.where(full_QK, 0b1111, compare_QK | seen_QK)
@@ -76,7 +73,8 @@ def _pack(visited_RC: Array, flags_RC: Array) -> Array:
     counts_R = visited_RC.sum(axis=1, dtype=jnp.int32)
     entries_RC = jnp.sort(jnp.where(visited_RC, entry_RC, jnp.iinfo(jnp.int32).max), axis=1)
     row_R = jnp.arange(rows, dtype=jnp.int32)
-    order_R = jnp.argsort((row_R // SORT_GROUP) * (rows + 1) + rows - counts_R)
+    # In sequence, so that programs at work read the same keys; but the tiles handed out last go longest first.
+    order_R = jnp.argsort(jnp.where(row_R < STEADY * rows, row_R, 2 * rows - counts_R))
     # One column of padding lets the kernels read one entry ahead.
     table = jnp.concatenate([row_R[:, None], counts_R[:, None], entries_RC, row_R[:, None]], axis=1)
     return table[order_R].astype(jnp.int32)

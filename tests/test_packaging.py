@@ -64,6 +64,6 @@ def test_every_script_explains_itself(script, tmp_path):
 
 def test_package_holds_its_kernels_and_data():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert packages == ["jax_speedrun", "jax_speedrun.kernels"]
+    assert packages == ["jax_speedrun", "jax_speedrun.kernels", "jax_speedrun.tiny"]
     assert (ROOT / "jax_speedrun" / "kernels").resolve() == ROOT / "kernels"
     assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "tiny").iterdir()) < 3_000_000

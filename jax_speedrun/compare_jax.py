@@ -1,0 +1,193 @@
+"""The JAX side of scripts/compare.py: jax_speedrun's own step and its parts, as `compare_worker.Side` wants them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from .config import from_dict, peak_flops, resolve
+from .kernels.attention import block_sparse_attention
+from .kernels.block_mask import long_short_masks
+from .kernels.head_loss import fp8_supported, head_loss
+from .model import ATTENTION_SCALE, GPT
+from .optimizer import recipe_optimizer
+from .sharding import make_mesh, replicate, split_sequences
+from .train import Params, TrainState, make_program
+
+
+class JaxSide:
+    """A run's program and state on the first device; see `compare_worker.Side` for the methods."""
+
+    def __init__(self, job: Mapping[str, Any]):
+        self.mesh = make_mesh(1, 1)
+        self.device = self.mesh.devices.flat[0]
+        config = from_dict(job["config"])
+        self.fallbacks = []
+        if config.model.head_precision == "fp8" and not fp8_supported(self.device):
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_precision="bfloat16"))
+            self.fallbacks.append("JAX: no FP8 on this device, head matmuls in bfloat16")
+        self.config = resolve(config, self.device)
+        if self.config.model.compute_dtype == "float32":
+            jax.config.update("jax_default_matmul_precision", "highest")
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(self.config.model, nnx.Rngs(0))))
+        self.optimizer = recipe_optimizer(self.config.optimizer, self.config.steps)
+        self.program = make_program(self.config, self.mesh)
+        self._state: TrainState | None = None
+        self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
+
+    @property
+    def state(self) -> TrainState:
+        if self._state is None:
+            self._state = self.program.init()
+        return self._state
+
+    def describe(self) -> dict[str, Any]:
+        on_gpu = self.device.platform == "gpu"
+        return {
+            "device": self.device.device_kind,
+            "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "fallbacks": self.fallbacks,
+            "attention": self.config.attention,
+            "peak_flops": peak_flops(self.device),
+            "matmul_size": 8192 if on_gpu else 512,
+        }
+
+    def dispatcher(
+        self, part: str, tokens_T: np.ndarray, targets_T: np.ndarray, window: int, step: int
+    ) -> Callable[[], object]:
+        tokens, targets, blocks = jnp.asarray(tokens_T), jnp.asarray(targets_T), jnp.int32(window)
+        match part:
+            case "step":
+                sequences = jax.device_put((tokens_T[None], targets_T[None]), split_sequences(self.mesh))
+                return lambda: self._train_step(sequences, step)
+            case "micro":
+                params = self.state.params
+                return lambda: self._value_and_grad(params, tokens, targets, blocks)
+            case "attention_forward" | "attention":
+                return self._attention(part, tokens, blocks)
+            case "head":
+                return self._head(targets)
+            case "optimizer":
+                return self._optimizer()
+            case "matmul":
+                size = self.describe()["matmul_size"]
+                a, b = self._normal((size, size), 0), self._normal((size, size), 1)
+                return functools.partial(jax.jit(jnp.matmul), a, b)
+        raise ValueError(f"unknown part {part!r}")
+
+    def wait(self, result: object) -> None:
+        jax.block_until_ready(result)
+
+    def peak_bytes(self) -> int | None:
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        self._state = None
+        shapes = jax.eval_shape(self.program.init).params
+
+        def take(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+            value = weights[_name(path)]
+            if value.shape != leaf.shape:
+                raise ValueError(f"{_name(path)}: weights of shape {value.shape}, model of shape {leaf.shape}")
+            return jax.device_put(value.astype(leaf.dtype), replicate(self.mesh))
+
+        params = jax.tree.map_with_path(take, shapes)
+        state = TrainState(params, self.optimizer.init(params), jnp.int32(0))
+        self._state = jax.device_put(state, replicate(self.mesh))
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return _arrays(self.state.params)
+
+    def gradients(
+        self, tokens_T: np.ndarray, targets_T: np.ndarray, window: int
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        loss, gradient = self._value_and_grad(
+            self.state.params, jnp.asarray(tokens_T), jnp.asarray(targets_T), jnp.int32(window)
+        )
+        return float(loss), _arrays(gradient)
+
+    def step(self, tokens_T: np.ndarray, targets_T: np.ndarray, step: int) -> float:
+        sequences = jax.device_put((tokens_T[None], targets_T[None]), split_sequences(self.mesh))
+        return float(self._train_step(sequences, step))
+
+    def evaluate(self, tokens_NT: np.ndarray, targets_NT: np.ndarray, step: int) -> float:
+        weights_N = np.ones(len(tokens_NT), np.float32)
+        placed = jax.device_put((tokens_NT, targets_NT, weights_N), split_sequences(self.mesh))
+        return float(self.program.evaluate(self._at(step), *placed))
+
+    def _loss(self, params: Params, tokens_T: Array, targets_T: Array, window: Array) -> Array:
+        model: GPT = nnx.merge(self.graph, params)
+        return model.loss(
+            tokens_T,
+            targets_T,
+            window,
+            implementation=self.config.attention,
+            head_precision=self.config.model.head_precision,
+        )
+
+    def _at(self, step: int) -> TrainState:
+        return self.state._replace(step=jax.device_put(np.int32(step), replicate(self.mesh)))
+
+    def _train_step(self, sequences: tuple[Array, Array], step: int) -> Array:
+        self._state, metrics = self.program.train_step(self._at(step), *sequences)
+        loss: Array = metrics.loss
+        return loss
+
+    def _normal(self, shape: tuple[int, ...], seed: int) -> Array:
+        return jax.random.normal(jax.random.key(seed), shape, self.config.model.compute_dtype)
+
+    def _attention(self, part: str, tokens_T: Array, window: Array) -> Callable[[], object]:
+        model = self.config.model
+        mask, _ = jax.jit(long_short_masks)(tokens_T, window)
+        shape = (tokens_T.shape[0], model.heads, model.head_width)
+        q, k, v, d_y = (self._normal(shape, seed) for seed in range(4))
+        attend = functools.partial(
+            block_sparse_attention, scale=ATTENTION_SCALE, implementation=self.config.attention
+        )
+        if part == "attention_forward":
+            return functools.partial(jax.jit(attend), q, k, v, mask)
+
+        @jax.jit
+        def both(q: Array, k: Array, v: Array, d_y: Array) -> tuple[Array, tuple[Array, ...]]:
+            y, backward = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+            return y, backward(d_y)
+
+        return functools.partial(both, q, k, v, d_y)
+
+    def _head(self, targets_T: Array) -> Callable[[], object]:
+        model = self.config.model
+        x_TD = self._normal((targets_T.shape[0], model.width), 0)
+        gradient = jax.jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=3)
+        return functools.partial(gradient, x_TD, self.state.params["head"], targets_T, model.head_precision)
+
+    def _optimizer(self) -> Callable[[], object]:
+        gradient = jax.tree.map(lambda p: p.astype(jnp.float32) + 0.0, self.state.params)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def update(state: TrainState, gradient: Params) -> TrainState:
+            updates, optimizer_state = self.optimizer.update(gradient, state.optimizer_state, state.params)
+            return state._replace(
+                params=optax.apply_updates(state.params, updates), optimizer_state=optimizer_state
+            )
+
+        def dispatch() -> object:
+            self._state = update(self.state, gradient)
+            return self._state.step
+
+        return dispatch
+
+
+def _name(path: tuple[object, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _arrays(tree: Params) -> dict[str, np.ndarray]:
+    return {_name(path): np.asarray(leaf).astype(np.float32) for path, leaf in jax.tree.leaves_with_path(tree)}
