@@ -57,7 +57,7 @@ class JaxSide:
             "fallbacks": self.fallbacks,
             "attention": self.config.attention,
             "peak_flops": peak_flops(self.device),
-            "matmul_size": 8192 if on_gpu else 512,
+            "matmul_size": 8192 if on_gpu else 1024,
         }
 
     def dispatcher(
@@ -149,9 +149,7 @@ class JaxSide:
         mask, _ = jax.jit(long_short_masks)(tokens_T, window)
         shape = (tokens_T.shape[0], model.heads, model.head_width)
         q, k, v, d_y = (self._normal(shape, seed) for seed in range(4))
-        attend = functools.partial(
-            block_sparse_attention, scale=ATTENTION_SCALE, implementation=self.config.attention
-        )
+        attend = functools.partial(block_sparse_attention, scale=ATTENTION_SCALE, implementation=self.config.attention)
         if part == "attention_forward":
             return functools.partial(jax.jit(attend), q, k, v, mask)
 
@@ -174,9 +172,7 @@ class JaxSide:
         @functools.partial(jax.jit, donate_argnums=0)
         def update(state: TrainState, gradient: Params) -> TrainState:
             updates, optimizer_state = self.optimizer.update(gradient, state.optimizer_state, state.params)
-            return state._replace(
-                params=optax.apply_updates(state.params, updates), optimizer_state=optimizer_state
-            )
+            return state._replace(params=optax.apply_updates(state.params, updates), optimizer_state=optimizer_state)
 
         def dispatch() -> object:
             self._state = update(self.state, gradient)

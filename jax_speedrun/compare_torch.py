@@ -26,7 +26,9 @@ class TorchSide:
             self.fallbacks.append("PyTorch: no FP8 on this device, head matmuls in bfloat16")
         self.compile = job["compile"] and self.on_gpu
         if job["compile"] and not self.on_gpu:
-            self.fallbacks.append("PyTorch: no GPU, so dense attention (FlexAttention has no CPU backward), no compiling")
+            self.fallbacks.append(
+                "PyTorch: no GPU, so dense attention (FlexAttention has no CPU backward), no compiling"
+            )
         self.training = reference.Training(
             reference.ModelConfig(**model),
             reference.OptimizerConfig(**config["optimizer"]),
@@ -35,7 +37,7 @@ class TorchSide:
             device=self.device,
             compile=self.compile,
         )
-        self.dtype = getattr(self.torch, model["compute_dtype"])
+        self.dtype = getattr(self.torch, self.training.config.compute_dtype)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -44,7 +46,7 @@ class TorchSide:
             "fallbacks": self.fallbacks,
             "attention": "FlexAttention" if self.on_gpu else "dense",
             "peak_flops": None,
-            "matmul_size": 8192 if self.on_gpu else 512,
+            "matmul_size": 8192 if self.on_gpu else 1024,
         }
 
     def dispatcher(
@@ -129,7 +131,12 @@ class TorchSide:
         q, k, v, d_y = (self._normal(tokens_T.shape[0], model.heads, model.head_width) for _ in range(4))
         attend = self.reference.block_sparse_attention
         if part == "attention_forward":
-            return torch.no_grad()(functools.partial(attend, q, k, v, mask))
+
+            @torch.no_grad()
+            def forward() -> object:
+                return attend(q, k, v, mask)
+
+            return forward
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         return lambda: torch.autograd.grad(attend(q, k, v, mask), (q, k, v), d_y)
 

@@ -25,6 +25,8 @@ PARTS = {
     "optimizer": ("optimizer",),
 }
 """Names for --parts -> what is measured for them. The full step comes first: a process's peak memory only grows."""
+WINDOWS = {"eighth": (1, 4, 7, 10, 14), "tiny": (1, 3, 5)}
+"""Presets to compare -> the long windows to measure, in blocks."""
 WINDOWED = {"step", "micro", "attention_forward", "attention"}
 
 
@@ -62,7 +64,7 @@ class Side(Protocol):
 def run_job(side: Side, job: Mapping[str, Any]) -> dict[str, Any]:
     """Do what the job's `task` says: "measure", "initial" or "parity"."""
     if job["task"] == "initial":
-        np.savez(job["arrays_out"], **side.parameters())
+        save_arrays(Path(job["arrays_out"]), side.parameters())
         return side.describe()
     with np.load(job["inputs"]) as file:
         inputs = dict(file)
@@ -139,7 +141,7 @@ def parity(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray])
         side.step(*batch(step), step)
         if step + 1 in job["snapshots"]:
             arrays |= {f"after{step + 1}:{name}": thin(value) for name, value in side.parameters().items()}
-    np.savez(job["arrays_out"], **arrays)
+    save_arrays(Path(job["arrays_out"]), arrays)
     del arrays
 
     side.load(load_arrays(Path(job["initial"])))
@@ -156,6 +158,10 @@ def parity(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray])
 def thin(array: np.ndarray) -> np.ndarray:
     """Every 16th row of what has millions of them times width: tables and head, else gigabytes a snapshot."""
     return array[::16] if array.size > 1 << 24 else array
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # its other keywords are no arrays
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
-"""Makes token shards: from text of the user's own, or the record's FineWeb shards from the Hugging Face hub."""
+"""Token shards from text of the user's own, in GPT-2's byte-pair encoding."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -14,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import huggingface_hub
 import numpy as np
 import tiktoken
 import tiktoken.load
@@ -29,7 +27,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .data import END_OF_TEXT, MAX_SHARD_TOKENS, Tokens, read_shard, write_shard
+from .data import END_OF_TEXT, MAX_SHARD_TOKENS, Tokens, write_shard
 from .errors import UsageError
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -39,10 +37,6 @@ PIECE_CHARACTERS = 1 << 16
 GROUP_PIECES = 32  # encoded by one thread at a time
 READ_CHARACTERS = 1 << 20
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
-
-FINEWEB_REPOSITORY = "kjj0/fineweb10B-gpt2"
-FINEWEB_TRAIN_SHARDS = 103
-
 
 class Piece(NamedTuple):
     """A part of a document that encodes on its own to the tokens it has inside the document."""
@@ -154,43 +148,6 @@ def prepare_text(
         return [path.replace(out / path.name) for path in shards]
 
 
-def fetch_fineweb(out: Path, shards: int) -> list[Path]:
-    """Downloads FineWeb-10B's validation shard and the first `shards` training shards of 100 M tokens each.
-
-    Files already in `out` that are whole and right (size, sha256) are kept, any other is fetched. A run that was cut
-    short thus goes on with the file it was at, from its start; within a run a dropped connection goes on where it was.
-    A file only appears in `out` once it is verified.
-
-    Raises:
-        UsageError: no network, an error of the hub, a file that is not what the hub says, a bad output folder.
-    """
-    if not 1 <= shards <= FINEWEB_TRAIN_SHARDS:
-        raise UsageError(f"--shards {shards}: FineWeb-10B has 1 to {FINEWEB_TRAIN_SHARDS} training shards")
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in range(1, shards + 1))]
-    with _hub_errors("the list of files"):
-        entries = huggingface_hub.HfApi().get_paths_info(FINEWEB_REPOSITORY, names, repo_type="dataset")
-    facts = {entry.path: entry.lfs for entry in entries if isinstance(entry, huggingface_hub.RepoFile) and entry.lfs}
-    if missing := [name for name in names if name not in facts]:
-        raise UsageError(f"{missing[0]}: not in {FINEWEB_REPOSITORY}; ask for fewer --shards")
-    console = Console(stderr=True, highlight=False)
-    with incoming_folder(out) as incoming:
-        for name in names:
-            lfs = facts[name]
-            if _is_intact(out / name, lfs.size, lfs.sha256):
-                console.print(f"{name}: already there, verified")
-                continue
-            with _hub_errors(name):
-                path = Path(
-                    huggingface_hub.hf_hub_download(FINEWEB_REPOSITORY, name, repo_type="dataset", local_dir=incoming)
-                )
-            if not _is_intact(path, lfs.size, lfs.sha256):
-                raise UsageError(f"{name}: what came differs from the size or sha256 the hub gives; try again later")
-            read_shard(path)
-            path.replace(out / name)
-            console.print(f"{name}: fetched, verified")
-    return [out / name for name in names]
-
-
 @contextmanager
 def incoming_folder(out: Path) -> Iterator[Path]:
     """A temporary folder inside `out` (so that a rename stays within one file system), gone afterwards in any case.
@@ -209,24 +166,6 @@ def incoming_folder(out: Path) -> Iterator[Path]:
         if made:
             with suppress(OSError):  # not empty: all went well
                 out.rmdir()
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (
-        Exception
-    ) as error:  # the transport's errors are those of a library that the hub's package has changed before
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"{what} cannot be fetched from {FINEWEB_REPOSITORY} ({reason}); try again") from error
-
-
-def _is_intact(path: Path, size: int, sha256: str) -> bool:
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _progress() -> Progress:

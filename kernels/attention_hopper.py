@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .attention_hopper_backward import backward_dkv, backward_dq
-from .attention_hopper_config import KEY_BLOCK
+from .attention_hopper_config import BLOCK
 from .attention_hopper_forward import forward
 from .attention_hopper_walk import Walks, build_walks
 from .block_mask import BlockMask
@@ -35,7 +35,8 @@ def hopper_attention(
 
     Returns:
       (T, H, K) bfloat16, 0 for a query that sees no key. Differentiable in q, k
-      and v; the same inputs give the same bits, forward and backward.
+      and v; the same inputs give the same bits, forward and backward. Inside
+      `shard_map`, switch off `check_vma`: Pallas' GPU kernels do not carry it.
 
     Raises:
       ValueError: for a shape, dtype, block size or scale that is not supported.
@@ -85,9 +86,9 @@ def _check(q: Array, k: Array, v: Array, mask: BlockMask, scale: float) -> None:
         raise ValueError(
             f"the Hopper kernel supports head widths {HEAD_WIDTHS}, got {q.shape[-1]}; use implementation='xla'"
         )
-    if mask.block_size != KEY_BLOCK or q.shape[0] % KEY_BLOCK or q.shape[0] != mask.documents.shape[-1]:
+    if mask.block_size != BLOCK or q.shape[0] % BLOCK or q.shape[0] != mask.documents.shape[-1]:
         raise ValueError(
-            f"the Hopper kernel needs a mask in blocks of {KEY_BLOCK} for the same T, a multiple of {KEY_BLOCK}; "
+            f"the Hopper kernel needs a mask in blocks of {BLOCK} for the same T, a multiple of {BLOCK}; "
             f"got blocks of {mask.block_size} for T = {mask.documents.shape[-1]}, and q with T = {q.shape[0]}"
         )
     if not scale > 0:

@@ -1,26 +1,31 @@
 """Backward block-sparse attention on Hopper: two kernels that recompute the probabilities from the saved log-sum-exp.
 
-    dQ      holds 128 queries and walks the key blocks of their row     (3 products a quarter, after
-    dK, dV  holds 128 keys and walks the query blocks of their column    S: dP, dQ; then S, dP, dV, dK)
+    dQ       holds 128 queries and walks the key blocks of their row        products: S, dP, dQ
+    dK, dV   holds 128 keys and walks the query blocks of their column      products: S, dP, dV, dK
 
 Both stream tiles of 64 rows, so that each warpgroup meets quarters of 64 x 64
-and passes over those in which no pair is visible:
+(P compares, F does not) and passes over those in which no pair is visible:
 
-            keys                                queries
-           [0a 0b][1a 1b]                      [1a 1b][2a 2b]
-  q 0-63    .  .   P  .    warpgroup 0   k 0-63  P  P   F  F    warpgroup 0
-  q 64-127  F  F   P  P    warpgroup 1   k 64-   .  P   F  F    warpgroup 1
+              keys                                    queries
+             [1a 1b][2a 2b]                          [2a 2b][3a 3b]
+   q2 0-63    .  P   P  .    warpgroup 0    k2 0-63    P  P   F  F    warpgroup 0
+   q2 64-127  .  P   P  P    warpgroup 1    k2 64-127  .  P   F  F    warpgroup 1
 
 For dK and dV a warpgroup computes scores transposed (keys are rows), so that
-P^T and dS^T leave the softmax in the registers the next product reads. No sum
-is shared between programs: two runs give the same bits.
+P^T and dS^T are already in the registers the next product reads. No sum is
+shared between programs: two runs give the same bits.
 
     P = 2^(c S - lse)     dP = dO V^T     dS = P (dP - delta)     delta = rowsum(O dO)
     dV = P^T dO           dQ = scale dS K                         dK = scale dS^T Q
+
+lse / c and delta need no instructions: S and dP start from minus them.
+Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as two passes.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,16 +33,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS, DKV, DQ, HALF, KEY_BLOCK, MULTIPROCESSORS, QUERY_BLOCK, HopperConfig
+from .attention_hopper_config import BLOCK, COMPUTE_WARPGROUPS, DKV, DQ, HALF, MULTIPROCESSORS, HopperConfig
 from .attention_hopper_ops import (
     COLUMN,
     ROW,
+    Ref,
     columns,
     interpreter_buffers,
     launch,
     multiply_add,
+    positions,
     preload,
-    read,
+    read_preloaded,
     ring_barriers,
     rows,
     split_roles,
@@ -47,73 +54,80 @@ from .attention_hopper_ops import (
 from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce, release_last
 from .attention_hopper_walk import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, share_out
 
-PARTS = KEY_BLOCK // HALF
-SCORES = plgpu.ACC((HALF, HALF), jnp.float32)
+PARTS = BLOCK // HALF
+QUARTER = (HALF, HALF)
+
+
+class DqBuffers(NamedTuple):
+    """Shared memory of dQ; the first axis is the slot, or (kv, key_documents) the stage."""
+
+    q: Ref
+    do: Ref
+    lse: Ref
+    delta: Ref
+    query_documents: Ref
+    kv: Ref  # [stage, 0] keys, [stage, 1] values
+    key_documents: Ref
+
+
+class DkvBuffers(NamedTuple):
+    """Shared memory of dK and dV; the first axis is the slot (k, v, key_documents) or the stage."""
+
+    k: Ref
+    v: Ref
+    key_documents: Ref
+    qdo: Ref  # [stage, 0] queries, [stage, 1] output gradients
+    lse: Ref
+    delta: Ref
+    query_documents: Ref
 
 
 def backward_dq(
-    q_THK: Array,
-    k_THK: Array,
-    v_THK: Array,
-    o_THK: Array,
-    do_THK: Array,
-    lse_HT: Array,
-    documents_T: Array,
-    walk: Array,
-    *,
-    scale: float,
-    interpret: bool,
-    config: HopperConfig = DQ,
-) -> tuple[Array, Array]:
+    q_THK: Array, k_THK: Array, v_THK: Array, o_THK: Array, do_THK: Array, lse_HT: Array, documents_T: Array,
+    walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DQ,
+) -> tuple[Array, Array]:  # fmt: skip
     """Gradient of q, (T, H, K) bf16, and delta (H, T) float32. `walk` is `Walks.by_query`."""
     length, heads, width = q_THK.shape
     shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
-    def body(q, k, v, o, do, lse, documents, walk, shares, dq, delta, *, smem, barriers, accumulators) -> None:
-        q_smem, do_smem, lse_smem, query_documents, kv_smem, key_documents, delta_smem = smem
-        hold = Ring(
-            [
-                *halves(q, q_smem),
-                *halves(do, do_smem),
-                Copy(lse, lambda slot: lse_smem.at[slot], QUERY_BLOCK),
-                Copy(documents, lambda slot: query_documents.at[slot], QUERY_BLOCK),
-            ],
-            *barriers[:2],
-        )
-        stream_documents = Copy(documents, lambda stage: key_documents.at[stage], HALF)
-        stream = Ring(
-            [
-                Copy(k, lambda stage: kv_smem.at[stage, 0], HALF),
-                Copy(v, lambda stage: kv_smem.at[stage, 1], HALF),
-                stream_documents,
-            ],
-            *barriers[2:],
-        )
-        # O is needed once a tile, for delta: it passes through the stream, where
-        # it just fills one step, instead of taking resident memory of its own.
-        preface = [*halves(o, kv_smem), stream_documents]
+    def body(
+        q: Ref, k: Ref, v: Ref, o: Ref, do: Ref, lse: Ref, documents: Ref, walk: Ref, shares: Ref, dq: Ref, delta: Ref,
+        *, smem: DqBuffers, barriers: list[Ref], accumulators: list[Ref],
+    ) -> None:  # fmt: skip
+        per_query = [
+            Copy(lse, lambda slot: smem.lse.at[slot], BLOCK),
+            Copy(documents, lambda slot: smem.query_documents.at[slot], BLOCK),
+        ]
+        per_key = Copy(documents, lambda stage: smem.key_documents.at[stage], HALF)
+        keys = Copy(k, lambda stage: smem.kv.at[stage, 0], HALF)
+        values = Copy(v, lambda stage: smem.kv.at[stage, 1], HALF)
+        hold = Ring([*halves(q, smem.q), *halves(do, smem.do), *per_query], *barriers[:2])
+        stream = Ring([keys, values, per_key], *barriers[2:])
+        # O is needed once a tile, for delta: it passes through the stream, where it
+        # just fills one step, instead of taking resident memory of its own.
+        preface = [*halves(o, smem.kv), per_key]
 
-        one_tile = functools.partial(_one_dq_tile, walk, dq, delta, hold, stream, smem, accumulators, scale)
-        split_roles(
-            functools.partial(produce, walk, shares, heads, hold, [stream], HALF, preface),
-            functools.partial(_consume, walk, shares, heads, hold, one_tile),
-            config,
-        )
+        def consume() -> None:
+            one_tile = functools.partial(_dq_tile, walk, dq, delta, smem, hold, stream, accumulators, scale)
+            count, _ = for_each_tile(walk, shares, heads, one_tile)
+            release_last(hold, count)
+
+        split_roles(functools.partial(produce, walk, shares, heads, hold, [stream], HALF, preface), consume, config)
 
     return launch(
         body,
         "block_sparse_attention_dq",
         (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), jax.ShapeDtypeStruct((heads, length), jnp.float32)),
         dict(
-            smem=[
-                tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
-                tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
-                plgpu.SMEM((config.slots, QUERY_BLOCK), jnp.float32),
-                plgpu.SMEM((config.slots, QUERY_BLOCK), jnp.int32),
-                tile(config.stages, 2, HALF, width),
-                plgpu.SMEM((config.stages, HALF), jnp.int32),
-                plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, HALF), jnp.float32),
-            ],
+            smem=DqBuffers(
+                q=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
+                do=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
+                lse=plgpu.SMEM((config.slots, BLOCK), jnp.float32),
+                delta=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, HALF), jnp.float32),
+                query_documents=plgpu.SMEM((config.slots, BLOCK), jnp.int32),
+                kv=tile(config.stages, 2, HALF, width),
+                key_documents=plgpu.SMEM((config.stages, HALF), jnp.int32),
+            ),
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 2, config.slots), (3, config.stages)),
             accumulators=interpreter_buffers((HALF, width), interpret=interpret),
         ),
@@ -123,50 +137,36 @@ def backward_dq(
 
 
 def backward_dkv(
-    q_THK: Array,
-    k_THK: Array,
-    v_THK: Array,
-    do_THK: Array,
-    lse_HT: Array,
-    delta_HT: Array,
-    documents_T: Array,
-    walk: Array,
-    *,
-    scale: float,
-    interpret: bool,
-    config: HopperConfig = DKV,
-) -> tuple[Array, Array]:
+    q_THK: Array, k_THK: Array, v_THK: Array, do_THK: Array, lse_HT: Array, delta_HT: Array, documents_T: Array,
+    walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DKV,
+) -> tuple[Array, Array]:  # fmt: skip
     """Gradients of k and v, each (T, H, K) bf16. `walk` is `Walks.by_key`."""
-    length, heads, width = q_THK.shape
+    _, heads, width = q_THK.shape
     shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
-    def body(q, k, v, do, lse, delta, documents, walk, shares, dk, dv, *, smem, barriers, accumulators) -> None:
-        k_smem, v_smem, key_documents, qdo_smem, lse_smem, delta_smem, query_documents = smem
-        hold = Ring(
-            [
-                *halves(k, k_smem),
-                *halves(v, v_smem),
-                Copy(documents, lambda slot: key_documents.at[slot], KEY_BLOCK),
-            ],
-            *barriers[:2],
-        )
+    def body(
+        q: Ref, k: Ref, v: Ref, do: Ref, lse: Ref, delta: Ref, documents: Ref, walk: Ref, shares: Ref, dk: Ref, dv: Ref,
+        *, smem: DkvBuffers, barriers: list[Ref], accumulators: list[Ref],
+    ) -> None:  # fmt: skip
+        per_key = Copy(documents, lambda slot: smem.key_documents.at[slot], BLOCK)
+        hold = Ring([*halves(k, smem.k), *halves(v, smem.v), per_key], *barriers[:2])
         stream = Ring(
             [
-                Copy(q, lambda stage: qdo_smem.at[stage, 0], HALF),
-                Copy(do, lambda stage: qdo_smem.at[stage, 1], HALF),
-                Copy(lse, lambda stage: lse_smem.at[stage], HALF),
-                Copy(delta, lambda stage: delta_smem.at[stage], HALF),
-                Copy(documents, lambda stage: query_documents.at[stage], HALF),
+                Copy(q, lambda stage: smem.qdo.at[stage, 0], HALF),
+                Copy(do, lambda stage: smem.qdo.at[stage, 1], HALF),
+                Copy(lse, lambda stage: smem.lse.at[stage], HALF),
+                Copy(delta, lambda stage: smem.delta.at[stage], HALF),
+                Copy(documents, lambda stage: smem.query_documents.at[stage], HALF),
             ],
             *barriers[2:],
         )
 
-        one_tile = functools.partial(_one_dkv_tile, walk, dk, dv, hold, stream, smem, accumulators, scale)
-        split_roles(
-            functools.partial(produce, walk, shares, heads, hold, [stream], HALF),
-            functools.partial(_consume, walk, shares, heads, hold, one_tile),
-            config,
-        )
+        def consume() -> None:
+            one_tile = functools.partial(_dkv_tile, walk, dk, dv, smem, hold, stream, accumulators, scale)
+            count, _ = for_each_tile(walk, shares, heads, one_tile)
+            release_last(hold, count)
+
+        split_roles(functools.partial(produce, walk, shares, heads, hold, [stream], HALF), consume, config)
 
     out = jax.ShapeDtypeStruct(k_THK.shape, k_THK.dtype)
     return launch(
@@ -174,15 +174,15 @@ def backward_dkv(
         "block_sparse_attention_dkv",
         (out, out),
         dict(
-            smem=[
-                tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
-                tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
-                plgpu.SMEM((config.slots, KEY_BLOCK), jnp.int32),
-                tile(config.stages, 2, HALF, width),
-                plgpu.SMEM((config.stages, HALF), jnp.float32),
-                plgpu.SMEM((config.stages, HALF), jnp.float32),
-                plgpu.SMEM((config.stages, HALF), jnp.int32),
-            ],
+            smem=DkvBuffers(
+                k=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
+                v=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
+                key_documents=plgpu.SMEM((config.slots, BLOCK), jnp.int32),
+                qdo=tile(config.stages, 2, HALF, width),
+                lse=plgpu.SMEM((config.stages, HALF), jnp.float32),
+                delta=plgpu.SMEM((config.stages, HALF), jnp.float32),
+                query_documents=plgpu.SMEM((config.stages, HALF), jnp.int32),
+            ),
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 1, config.slots), (5, config.stages)),
             accumulators=interpreter_buffers((HALF, width), (HALF, width), interpret=interpret),
         ),
@@ -191,125 +191,96 @@ def backward_dkv(
     )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, walk, shares)
 
 
-def _consume(walk, shares, heads, hold: Ring, one_tile) -> None:
-    count, _ = for_each_tile(walk, shares, heads, one_tile)
-    release_last(hold, count)
-
-
-def _for_each_quarter(walk, at: Tile, hold: Ring, stream: Ring, first_step: Array, seen_bit, quarter) -> None:
-    """Run quarter(stage, first row, masked) on each streamed half block that this warpgroup needs."""
-
-    def one_half(i: Array, entry: Array) -> Array:
-        following = walk[at.rank, HEADER + lax.div(i + 1, PARTS)]
-        half = lax.rem(i, PARTS)
-        stage = stream.slot(first_step + i)
-        first_row = (entry >> ENTRY_BITS) * KEY_BLOCK + half * HALF
-        partial = ((entry >> DOCUMENTS_BIT) & 1) | ((entry >> POSITIONS_BIT) & 1)
-        seen = (entry >> seen_bit(half)) & 1
-        plgpu.barrier_wait(stream.ready.at[stage])
-        pl.when(partial == 0)(functools.partial(quarter, stage, first_row, masked=False))
-        pl.when((partial == 1) & (seen == 1))(functools.partial(quarter, stage, first_row, masked=True))
-        plgpu.barrier_arrive(stream.free.at[stage])
-        pl.when(i == 0)(lambda: release_last(hold, at.index))
-        return following
-
-    lax.fori_loop(0, at.entries * PARTS, one_half, at.first_entry)
-    pl.when(at.entries == 0)(lambda: release_last(hold, at.index))
-
-
-def _one_dq_tile(walk, dq, delta_out, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
+def _dq_tile(
+    walk: Ref, dq: Ref, delta_out: Ref, smem: DqBuffers, hold: Ring, stream: Ring, accumulators: list[Ref],
+    scale: float, at: Tile,
+) -> None:  # fmt: skip
     """dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
     warpgroup = lax.axis_index("warpgroup")
-    q_smem, do_smem, lse_smem, query_documents, kv_smem, key_documents, delta_smem = smem
-    c = scale * math.log2(math.e)
     interpret = bool(accumulators)
-    slot = hold.slot(at.index)
-    own = pl.ds(warpgroup * HALF, HALF)
-    first_query = at.block * QUERY_BLOCK + warpgroup * HALF
-    q_tile, do_tile = q_smem.at[slot, warpgroup], do_smem.at[slot, warpgroup]
-    first_step = at.entries_before * PARTS + at.index
+    c = scale * math.log2(math.e)
+    slot, own = hold.slot(at.number), pl.ds(warpgroup * HALF, HALF)
+    first_query = at.block * BLOCK + warpgroup * HALF
+    q_tile, do_tile = smem.q.at[slot, warpgroup], smem.do.at[slot, warpgroup]
+    first_step = at.entries_before * PARTS + at.number  # each tile before had one step for O
     plgpu.barrier_wait(hold.ready.at[slot])
-    lse = plgpu.load(lse_smem.at[slot, own], layout=ROW)
-    documents_q = plgpu.load(query_documents.at[slot, own], layout=ROW)
-    position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
+    lse = plgpu.load(smem.lse.at[slot, own], layout=ROW)
 
     stage = stream.slot(first_step)
     plgpu.barrier_wait(stream.ready.at[stage])
-    o_value = plgpu.load(kv_smem.at[stage, warpgroup], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    o_value = plgpu.load(smem.kv.at[stage, warpgroup], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
     do_value = plgpu.load(do_tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
     delta = (o_value * do_value).sum(axis=1)
-    delta_smem[slot, warpgroup] = delta
+    smem.delta[slot, warpgroup] = delta
     plgpu.barrier_arrive(stream.free.at[stage])
 
-    def accumulate(dq_acc: jax.Ref) -> None:
+    def over_the_row(dq_acc: Ref) -> None:
         def quarter(stage: Array, first_key: Array, *, masked: bool) -> None:
-            k_tile, v_tile = kv_smem.at[stage, 0], kv_smem.at[stage, 1]
-            s_start, dp_start = rows(-lse / c, (HALF, HALF)), rows(-delta, (HALF, HALF))
+            k_tile, v_tile = smem.kv.at[stage, 0], smem.kv.at[stage, 1]
+            s_start, dp_start = rows(-lse / c, QUARTER), rows(-delta, QUARTER)
 
-            def score_gradient(s_acc: jax.Ref, dp_acc: jax.Ref) -> Array:
+            def score_gradient(s_acc: Ref, dp_acc: Ref) -> Array:
                 preload(s_acc, s_start, interpret=interpret)
                 preload(dp_acc, dp_start, interpret=interpret)
                 plgpu.wgmma(s_acc, q_tile, k_tile.transpose((1, 0)))
                 plgpu.wgmma(dp_acc, do_tile, v_tile.transpose((1, 0)))
-                p = jnp.exp2(read(s_acc, s_start, in_flight=1, interpret=interpret) * c)
+                p = jnp.exp2(read_preloaded(s_acc, s_start, in_flight=1, interpret=interpret) * c)
                 if masked:
-                    documents_k = plgpu.load(key_documents.at[stage], layout=COLUMN)
-                    position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=COLUMN)
-                    visible = (rows(documents_q, p.shape) == columns(documents_k, p.shape)) & (
-                        columns(position_k, p.shape) <= rows(position_q, p.shape)
-                    )
-                    p = jnp.where(visible, p, 0.0)
-                return p * read(dp_acc, dp_start, in_flight=0, interpret=interpret)
+                    documents_q = plgpu.load(smem.query_documents.at[slot, own], layout=ROW)
+                    documents_k = plgpu.load(smem.key_documents.at[stage], layout=COLUMN)
+                    same = rows(documents_q, QUARTER) == columns(documents_k, QUARTER)
+                    position_k = columns(positions(first_key, HALF, COLUMN), QUARTER)
+                    p = jnp.where(same & (position_k <= rows(positions(first_query, HALF, ROW), QUARTER)), p, 0.0)
+                return p * read_preloaded(dp_acc, dp_start, in_flight=0, interpret=interpret)
 
-            ds = pl.run_scoped(score_gradient, SCORES, SCORES)
+            ds = pl.run_scoped(score_gradient, plgpu.ACC(QUARTER, jnp.float32), plgpu.ACC(QUARTER, jnp.float32))
             multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile, interpret=interpret)
             plgpu.wgmma_wait(0)
 
         _for_each_quarter(walk, at, hold, stream, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
         q_tile[...] = (dq_acc[...] * scale).astype(jnp.bfloat16)
 
-    with_accumulators(accumulate, q_tile.shape, buffers=accumulators)
+    with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_tile, dq.at[pl.ds(first_query, HALF), at.head])
-    plgpu.copy_smem_to_gmem(delta_smem.at[slot, warpgroup], delta_out.at[at.head, pl.ds(first_query, HALF)])
+    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], delta_out.at[at.head, pl.ds(first_query, HALF)])
 
 
-def _one_dkv_tile(walk, dk, dv, hold: Ring, stream: Ring, smem, accumulators, scale, at: Tile) -> None:
+def _dkv_tile(
+    walk: Ref, dk: Ref, dv: Ref, smem: DkvBuffers, hold: Ring, stream: Ring, accumulators: list[Ref],
+    scale: float, at: Tile,
+) -> None:  # fmt: skip
     """dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
     warpgroup = lax.axis_index("warpgroup")
-    k_smem, v_smem, key_documents, qdo_smem, lse_smem, delta_smem, query_documents = smem
-    c = scale * math.log2(math.e)
     interpret = bool(accumulators)
-    slot = hold.slot(at.index)
-    first_key = at.block * KEY_BLOCK + warpgroup * HALF
-    k_tile, v_tile = k_smem.at[slot, warpgroup], v_smem.at[slot, warpgroup]
+    c = scale * math.log2(math.e)
+    slot, own = hold.slot(at.number), pl.ds(warpgroup * HALF, HALF)
+    first_key = at.block * BLOCK + warpgroup * HALF
+    k_tile, v_tile = smem.k.at[slot, warpgroup], smem.v.at[slot, warpgroup]
     plgpu.barrier_wait(hold.ready.at[slot])
-    documents_k = plgpu.load(key_documents.at[slot, pl.ds(warpgroup * HALF, HALF)], layout=ROW)
-    position_k = first_key + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW)
 
-    def accumulate(dk_acc: jax.Ref, dv_acc: jax.Ref) -> None:
+    def over_the_column(dk_acc: Ref, dv_acc: Ref) -> None:
         def quarter(stage: Array, first_query: Array, *, masked: bool) -> None:
-            q_tile, do_tile = qdo_smem.at[stage, 0], qdo_smem.at[stage, 1]
+            q_tile, do_tile = smem.qdo.at[stage, 0], smem.qdo.at[stage, 1]
 
-            def score_gradient(s_acc: jax.Ref, dp_acc: jax.Ref) -> Array:
-                s_start = columns(plgpu.load(lse_smem.at[stage], layout=COLUMN) * (-1 / c), (HALF, HALF))
-                dp_start = columns(-plgpu.load(delta_smem.at[stage], layout=COLUMN), (HALF, HALF))
+            def score_gradient(s_acc: Ref, dp_acc: Ref) -> Array:
+                s_start = columns(plgpu.load(smem.lse.at[stage], layout=COLUMN) * (-1 / c), QUARTER)
+                dp_start = columns(-plgpu.load(smem.delta.at[stage], layout=COLUMN), QUARTER)
                 preload(s_acc, s_start, interpret=interpret)
                 preload(dp_acc, dp_start, interpret=interpret)
                 plgpu.wgmma(s_acc, k_tile, q_tile.transpose((1, 0)))
                 plgpu.wgmma(dp_acc, v_tile, do_tile.transpose((1, 0)))
-                p = jnp.exp2(read(s_acc, s_start, in_flight=1, interpret=interpret) * c)
+                p = jnp.exp2(read_preloaded(s_acc, s_start, in_flight=1, interpret=interpret) * c)
                 if masked:
-                    documents_q = plgpu.load(query_documents.at[stage], layout=COLUMN)
-                    position_q = first_query + plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=COLUMN)
-                    visible = (rows(documents_k, p.shape) == columns(documents_q, p.shape)) & (
-                        rows(position_k, p.shape) <= columns(position_q, p.shape)
-                    )
-                    p = jnp.where(visible, p, 0.0)
+                    documents_k = plgpu.load(smem.key_documents.at[slot, own], layout=ROW)
+                    documents_q = plgpu.load(smem.query_documents.at[stage], layout=COLUMN)
+                    same = rows(documents_k, QUARTER) == columns(documents_q, QUARTER)
+                    position_q = columns(positions(first_query, HALF, COLUMN), QUARTER)
+                    p = jnp.where(same & (rows(positions(first_key, HALF, ROW), QUARTER) <= position_q), p, 0.0)
                 multiply_add(dv_acc, p.astype(jnp.bfloat16), do_tile, interpret=interpret)
-                return p * read(dp_acc, dp_start, in_flight=1, interpret=interpret)  # dV may still run
+                return p * read_preloaded(dp_acc, dp_start, in_flight=1, interpret=interpret)  # dV may still run
 
-            ds = pl.run_scoped(score_gradient, SCORES, SCORES)
+            ds = pl.run_scoped(score_gradient, plgpu.ACC(QUARTER, jnp.float32), plgpu.ACC(QUARTER, jnp.float32))
             multiply_add(dk_acc, ds.astype(jnp.bfloat16), q_tile, interpret=interpret)
             plgpu.wgmma_wait(0)
 
@@ -318,7 +289,31 @@ def _one_dkv_tile(walk, dk, dv, hold: Ring, stream: Ring, smem, accumulators, sc
         k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
         v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
 
-    with_accumulators(accumulate, k_tile.shape, v_tile.shape, buffers=accumulators)
+    with_accumulators(over_the_column, k_tile.shape, v_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(k_tile, dk.at[pl.ds(first_key, HALF), at.head])
     plgpu.copy_smem_to_gmem(v_tile, dv.at[pl.ds(first_key, HALF), at.head])
+
+
+def _for_each_quarter(
+    walk: Ref, at: Tile, hold: Ring, stream: Ring, first_step: Array, seen_bit: Callable[[Array], Array],
+    quarter: Callable[..., None],
+) -> None:  # fmt: skip
+    """Run quarter(stage, first row, masked=...) on each streamed half block in which this warpgroup's rows see any."""
+
+    def one_half(i: Array, entry: Array) -> Array:
+        following = walk[at.rank, HEADER + lax.div(i + 1, PARTS)]
+        half = lax.rem(i, PARTS)
+        stage = stream.slot(first_step + i)
+        first_row = (entry >> ENTRY_BITS) * BLOCK + half * HALF
+        masked = entry & (1 << DOCUMENTS_BIT | 1 << POSITIONS_BIT) != 0
+        seen = (entry >> seen_bit(half)) & 1 == 1
+        plgpu.barrier_wait(stream.ready.at[stage])
+        pl.when(~masked)(functools.partial(quarter, stage, first_row, masked=False))
+        pl.when(masked & seen)(functools.partial(quarter, stage, first_row, masked=True))
+        plgpu.barrier_arrive(stream.free.at[stage])
+        pl.when(i == 0)(lambda: release_last(hold, at.number))
+        return following
+
+    lax.fori_loop(0, at.entries * PARTS, one_half, at.first_entry)
+    pl.when(at.entries == 0)(lambda: release_last(hold, at.number))

@@ -9,7 +9,7 @@ COMPUTE_WARPGROUPS = 2
 PRODUCER = COMPUTE_WARPGROUPS  # the third warpgroup only issues copies
 MULTIPROCESSORS = 132  # H100 SXM and H200; with another number only the balance suffers
 # Share of the tiles that go in rounds to one program per multiprocessor. 0.5 was 3-9 % slower forward; handing
-# each a run of neighbouring tiles, 40 %: the programs then read all over the sequence, and L2 holds nothing.
+# each a run of neighbouring tiles, 40-50 %: the programs then read all over the sequence, and L2 holds nothing.
 STEADY = 0.75
 
 

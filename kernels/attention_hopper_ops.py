@@ -1,21 +1,23 @@
-"""The few operations that differ between a Hopper and the interpreter which tests the kernels on a CPU.
+"""What the three Hopper kernels share: accumulators, broadcasting, masks, and how a kernel is launched.
 
 On Hopper a running sum lives in the registers of a `wgmma` accumulator, and
-the left operand of a product may be in registers too. The interpreter knows
-neither, so there a running sum is a float32 buffer and the product is
-`acc + dot`. The kernels are written once, against these functions.
+the left operand of a product may be in registers too. The interpreter, which
+tests the kernels on a CPU, knows neither: there a running sum is a float32
+buffer and the product is `acc + dot`. The kernels are written once, against
+these functions; `interpret` picks the form.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
 from .attention_hopper_config import COMPUTE_WARPGROUPS, PRODUCER, HopperConfig
+
+type Ref = Any  # a Pallas reference: its functions do not agree on a public type for one
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
@@ -26,7 +28,7 @@ def interpreter_buffers(*shapes: tuple[int, int], interpret: bool) -> list[pl.Me
     return [plgpu.SMEM((COMPUTE_WARPGROUPS, *shape), jnp.float32) for shape in shapes] if interpret else []
 
 
-def with_accumulators(body: Callable[..., None], *shapes: tuple[int, int], buffers: list[jax.Ref]) -> None:
+def with_accumulators(body: Callable[..., None], *shapes: tuple[int, int], buffers: list[Ref]) -> None:
     """Call `body` with one zeroed float32 accumulator per shape; `buffers` as from `interpreter_buffers`."""
     if not buffers:
         pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
@@ -37,7 +39,7 @@ def with_accumulators(body: Callable[..., None], *shapes: tuple[int, int], buffe
     body(*own)
 
 
-def multiply_add(acc: jax.Ref, a: Array, b: jax.Ref, *, interpret: bool) -> None:
+def multiply_add(acc: Ref, a: Array, b: Ref, *, interpret: bool) -> None:
     """Start acc += a @ b, with `a` in registers and `b` in shared memory."""
     if interpret:
         acc[...] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
@@ -45,16 +47,16 @@ def multiply_add(acc: jax.Ref, a: Array, b: jax.Ref, *, interpret: bool) -> None
         plgpu.wgmma(acc, a, b)
 
 
-def preload(acc: jax.Ref, value: Array, *, interpret: bool) -> None:
-    """Let a fresh accumulator start from `value`; the interpreter adds it in `read` instead."""
+def preload(acc: Ref, value: Array, *, interpret: bool) -> None:
+    """Let a fresh accumulator start from `value`; the interpreter adds it in `read_preloaded` instead."""
     if not interpret:
         acc[...] = value
 
 
-def read(acc: jax.Ref, preloaded: Array, *, in_flight: int, interpret: bool) -> Array:
-    """A preloaded accumulator's value, once at most `in_flight` later products are still running."""
-    value = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
-    return value + preloaded if interpret else value
+def read_preloaded(acc: Ref, value: Array, *, in_flight: int, interpret: bool) -> Array:
+    """What an accumulator that started from `value` holds, once at most `in_flight` later products still run."""
+    result = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+    return result + value if interpret else result
 
 
 def rows(value: Array, shape: tuple[int, ...]) -> Array:
@@ -67,9 +69,15 @@ def columns(value: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(value, shape, [1])
 
 
+def positions(first: Array, size: int, layout: Any) -> Array:
+    """`size` positions from `first` on, one per row or column: a whole tile of them would fill 64 registers."""
+    return first + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
 def tile(*shape: int) -> pl.MemoryRef:
     """A bf16 shared-memory tile in the swizzled form that the copy engine writes and wgmma reads."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def ring_barriers(*rings: tuple[int, int]) -> list[plgpu.Barrier]:
@@ -96,25 +104,19 @@ def split_roles(producer: Callable[[], None], consumer: Callable[[], None], conf
 
 
 def launch(
-    body: Callable[..., None],
-    name: str,
-    out_type: Any,
-    scratch_types: dict[str, Any],
-    *,
-    programs: int,
-    interpret: bool,
+    body: Callable[..., None], name: str, out_type: Any, scratch: dict[str, Any], *, programs: int, interpret: bool
 ) -> Callable[..., Any]:
     """A kernel over a line of programs, each of three warpgroups."""
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=scratch_types,
+        scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        # All barriers are explicit: no buffer is both read and written by one thread between them.
+        # All barriers are explicit: between them no buffer is both read and written by one thread.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )

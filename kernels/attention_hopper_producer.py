@@ -18,20 +18,21 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_config import COMPUTE_WARPGROUPS, HALF, KEY_BLOCK
+from .attention_hopper_config import BLOCK, COMPUTE_WARPGROUPS, HALF
+from .attention_hopper_ops import Ref
 from .attention_hopper_walk import ENTRY_BITS, HEADER
 
 
 class Copy(NamedTuple):
     """`rows` rows of `source`, `offset` after the first of a step, go to `buffer(slot)`."""
 
-    source: jax.Ref
-    buffer: Callable[[Array], jax.Ref]
+    source: Ref
+    buffer: Callable[[Array], Ref]
     rows: int
     offset: int = 0
 
@@ -40,17 +41,17 @@ class Ring(NamedTuple):
     """Buffers in shared memory that the same copies fill again and again."""
 
     copies: Sequence[Copy]
-    ready: jax.Ref
-    free: jax.Ref
+    ready: Ref
+    free: Ref
 
     def slot(self, step: Array) -> Array:
         return lax.rem(step, self.ready.shape[0])
 
 
 class Tile(NamedTuple):
-    """One tile of a program: its number in the program, and what the walk says of it."""
+    """One tile of a program: which of the program it is, and what the walk says of it."""
 
-    index: Array
+    number: Array
     rank: Array
     head: Array
     block: Array
@@ -59,7 +60,7 @@ class Tile(NamedTuple):
     entries_before: Array  # in the program's earlier tiles
 
 
-def halves(source: jax.Ref, buffer: jax.Ref) -> list[Copy]:
+def halves(source: Ref, buffer: Ref) -> list[Copy]:
     """Copies of a block of 128 rows, a half for each compute warpgroup, to `buffer[slot, half]`."""
 
     def half(i: int) -> Copy:
@@ -68,7 +69,7 @@ def halves(source: jax.Ref, buffer: jax.Ref) -> list[Copy]:
     return [half(i) for i in range(COMPUTE_WARPGROUPS)]
 
 
-def for_each_tile(walk: jax.Ref, shares: jax.Ref, heads: int, body: Callable[[Tile], None]) -> tuple[Array, Array]:
+def for_each_tile(walk: Ref, shares: Ref, heads: int, body: Callable[[Tile], None]) -> tuple[Array, Array]:
     """Run `body` on each tile of this program, alike in every warpgroup; returns their number and their entries."""
     program = lax.axis_index("program")
     first, stride, count = (shares[program, i] for i in range(3))
@@ -79,13 +80,13 @@ def for_each_tile(walk: jax.Ref, shares: jax.Ref, heads: int, body: Callable[[Ti
         return rank, head, walk[rank, 0], walk[rank, 1], walk[rank, HEADER]
 
     def one(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        entries_before, *here = carry
-        following = read(index + 1)  # early: the answer takes longer than a step
-        tile = Tile(index, *here, entries_before)
-        body(tile)
-        return entries_before + tile.entries, *following
+        entries_before, rank, head, block, entries, first_entry = carry
+        following = read(index + 1)  # early: the answer takes as long as a step
+        body(Tile(index, rank, head, block, entries, first_entry, entries_before))
+        return entries_before + entries, *following
 
-    entries, *_ = lax.fori_loop(0, count, one, (lax.full((), 0, "int32"), *read(lax.full((), 0, "int32"))))
+    zero = jnp.int32(0)
+    entries, *_ = lax.fori_loop(0, count, one, (zero, *read(zero)))
     return count, entries
 
 
@@ -99,8 +100,8 @@ def release_last(hold: Ring, index: Array) -> None:
 
 
 def produce(
-    walk: jax.Ref,
-    shares: jax.Ref,
+    walk: Ref,
+    shares: Ref,
     heads: int,
     hold: Ring,
     streams: Sequence[Ring],
@@ -114,18 +115,18 @@ def produce(
       streams: rings that advance together, `rows` rows a step.
       preface: copies that take the first step of each tile in the one stream, before its entries.
     """
-    parts = KEY_BLOCK // rows
+    parts = BLOCK // rows
     extra = 1 if preface else 0
 
     def one_tile(tile: Tile) -> None:
-        _fill(hold, hold.copies, tile.index, tile.block * KEY_BLOCK, tile.head)
-        first_step = tile.entries_before * parts + tile.index * extra
+        _fill(hold, hold.copies, tile.number, tile.block * BLOCK, tile.head)
+        first_step = tile.entries_before * parts + tile.number * extra
         if preface:
-            _fill(streams[0], preface, first_step, tile.block * KEY_BLOCK, tile.head)
+            _fill(streams[0], preface, first_step, tile.block * BLOCK, tile.head)
 
         def one_step(i: Array, entry: Array) -> Array:
             following = walk[tile.rank, HEADER + lax.div(i + 1, parts)]
-            first_row = (entry >> ENTRY_BITS) * KEY_BLOCK + lax.rem(i, parts) * rows
+            first_row = (entry >> ENTRY_BITS) * BLOCK + lax.rem(i, parts) * rows
             for ring in streams:
                 _fill(ring, ring.copies, first_step + extra + i, first_row, tile.head)
             return following
@@ -146,7 +147,7 @@ def _fill(ring: Ring, copies: Sequence[Copy], step: Array, first_row: Array, hea
         plgpu.copy_gmem_to_smem(source, copy.buffer(slot), ring.ready.at[slot])
 
 
-def _rows(source: jax.Ref, rows: pl.Slice, head: Array) -> jax.Ref:
+def _rows(source: Ref, rows: pl.Slice, head: Array) -> Ref:
     """Rows of (T, H, K), of (H, T), or of (T,), which all heads share."""
     match source.ndim:
         case 3:

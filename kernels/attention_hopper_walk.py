@@ -89,8 +89,8 @@ def share_out(tiles: int, multiprocessors: int) -> np.ndarray:
     the hardware starts wherever a program has ended: that evens out what the
     first left uneven.
 
-        tiles  0 1 2 3 | 4 5 6 7 | 8 9 | 10 11 | 12 | 13        2 multiprocessors,
-        taken  A B A B | A B A B |  C  |   D   | E  | F          8 tiles in rounds
+        tiles     0 1   2 3   4 5   6 7  |  8 9  |  10  |  11     2 multiprocessors: 4 rounds,
+        program   A B   A B   A B   A B  |   C   |   D  |   E     one pair, two single tiles
     """
     rounds = int(STEADY * tiles / multiprocessors)
     start = rounds * multiprocessors

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.prepare import FINEWEB_TRAIN_SHARDS, fetch_fineweb, load_encoding, prepare_text
+from jax_speedrun.fineweb import FINEWEB_TRAIN_SHARDS, fetch_fineweb
+from jax_speedrun.prepare import load_encoding, prepare_text
 
 
 def parse_arguments() -> argparse.Namespace:

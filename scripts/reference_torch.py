@@ -19,7 +19,7 @@ from pathlib import Path
 
 try:
     import torch
-    import torch.nn.functional as F
+    import torch.nn.functional as F  # noqa: N812
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     from torch.utils.checkpoint import checkpoint
@@ -470,7 +470,9 @@ class Training:
         self.head_chunks = 1 if compile else EAGER_HEAD_CHUNKS
         self.loss = torch.compile(self.model, dynamic=False) if compile else self.model
 
-        hidden, scalars, tables = [], [], []
+        hidden: list[nn.Parameter] = []
+        scalars: list[nn.Parameter] = []
+        tables: list[nn.Parameter] = []
         for name, p in self.model.named_parameters():
             if name == "head":
                 continue
@@ -493,9 +495,7 @@ class Training:
 
     def micro_step(self, tokens_T: Tensor, targets_T: Tensor, window: int) -> Tensor:
         """Forward and backward of one sequence. Gradients are added to what `.grad` holds."""
-        loss = self.loss(
-            tokens_T, targets_T, self._window_tensor(window), self.config.head_precision, self.head_chunks
-        )
+        loss = self.loss(tokens_T, targets_T, self._window_tensor(window), self.config.head_precision, self.head_chunks)
         loss.backward()
         return loss.detach()
 
@@ -599,9 +599,7 @@ def train(
                 report()
                 clock.pause()
                 val_loss = training.evaluate(*validation, step)
-                log.validation(
-                    step, val_loss=val_loss, train_time_ms=clock.elapsed_ms, step_avg_ms=clock.step_avg_ms
-                )
+                log.validation(step, val_loss=val_loss, train_time_ms=clock.elapsed_ms, step_avg_ms=clock.step_avg_ms)
             if step == steps:
                 break
             clock.resume()

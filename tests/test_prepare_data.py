@@ -23,7 +23,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_speedrun import prepare
+from jax_speedrun import fineweb, prepare
 from jax_speedrun.data import END_OF_TEXT, read_shard, write_shard
 from jax_speedrun.errors import UsageError
 
@@ -518,5 +518,5 @@ def test_fineweb_without_a_hub(tmp_path: Path, hub: Hub) -> None:
 @pytest.mark.parametrize("shards", [0, 104])
 def test_fineweb_has_103_shards(tmp_path: Path, shards: int) -> None:
     with pytest.raises(UsageError, match=f"--shards {shards}: FineWeb-10B has 1 to 103"):
-        prepare.fetch_fineweb(tmp_path / "out", shards)
+        fineweb.fetch_fineweb(tmp_path / "out", shards)
     assert files_below(tmp_path) == []

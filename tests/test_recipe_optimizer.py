@@ -89,7 +89,7 @@ def test_learning_rate_factor(steps: int) -> None:
         w = min(t / Fraction(2, 5), Fraction(1))
         expected = float(w + (1 - w) / 10)
         assert float(learning_rate_factor(step, steps)) == pytest.approx(expected, rel=1e-5)
-        assert float(traced(step, steps, 1728)) == pytest.approx(expected, rel=1e-5)
+        assert float(traced(step, steps)) == pytest.approx(expected, rel=1e-5)
     assert float(learning_rate_factor(0, steps)) == 1
     assert float(learning_rate_factor(steps * 3 // 5, steps)) == pytest.approx(1, rel=1e-5)
     assert float(learning_rate_factor(steps, steps)) == pytest.approx(0.1, rel=1e-5)

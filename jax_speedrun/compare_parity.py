@@ -1,0 +1,195 @@
+"""Do both frameworks compute the same? Same weights, same tokens, and a tolerance taken from PyTorch itself.
+
+No two programs round alike, so "the same" needs a yardstick: PyTorch runs twice, compiled and eagerly, which is
+the same arithmetic with other roundings. JAX may differ from compiled PyTorch by `FACTOR` times what eager
+PyTorch does, or by a floor where those two happen to round alike.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from .compare import Job, Result, make_job
+from .compare_worker import load_arrays, save_arrays, thin
+from .config import Config
+
+SNAPSHOTS = (1, 2, 5, 10)
+FACTOR = 3.0
+GRADIENT_FLOOR = {"float32": 1e-4, "bfloat16": 1e-2}
+"""Relative, in the Euclidean norm of one parameter's gradient."""
+CHANGE_FLOOR = {"float32": 1e-2, "bfloat16": 5e-2}
+"""The same for what training has changed: Adam's first step is a sign, which rounding flips where gradients vanish."""
+LOSS_TOLERANCE = 1e-3
+CURVE_TOLERANCE = 0.02
+SIDES = {"jax": ("jax", True), "torch": ("torch", True), "eager": ("torch", False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One quantity: JAX against compiled PyTorch, eager against compiled PyTorch, and what is allowed."""
+
+    quantity: str
+    difference: float
+    rounding: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        # False for nan.
+        return self.difference <= self.tolerance
+
+
+def run_parity(
+    launch: Callable[[str, Job, str], Result],
+    config: Config,
+    folder: Path,
+    *,
+    window: int,
+    curve_steps: int,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Line], dict[str, Result]]:
+    """All of it. `folder` holds inputs.npz, and takes the arrays (gigabytes, deleted at the end).
+
+    Returns:
+      The lines, and each side's result: `loss`, `losses`, `validation`.
+    """
+    initial, filled = folder / "initial.npz", folder / "filled.npz"
+    arrays = {side: folder / f"{side}.npz" for side in SIDES}
+    try:
+        say("initial weights: jax")
+        launch("jax", make_job(config, "initial", arrays_out=str(initial)), "initial")
+        start = fill(load_arrays(initial), config.seed)
+        save_arrays(filled, start)
+        results = {}
+        for side, (framework, compile) in SIDES.items():
+            say(f"parity: {side}")
+            job = make_job(
+                config,
+                "parity",
+                inputs=str(folder / "inputs.npz"),
+                initial=str(initial),
+                filled=str(filled),
+                arrays_out=str(arrays[side]),
+                snapshots=SNAPSHOTS,
+                curve_steps=curve_steps,
+                validate_every=config.validation_every,
+                window=window,
+            )
+            job["compile"] = compile
+            results[side] = launch(framework, job, side)
+        return list(lines(config.model.compute_dtype, results, arrays, start)), results
+    finally:
+        for path in (initial, filled, *arrays.values()):
+            path.unlink(missing_ok=True)
+
+
+def fill(weights: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """The weights with nothing special about them: the record's zeros would hide most gradients.
+
+    Zero matrices become like the others, uniform with standard deviation 0.5 / sqrt(fan_in); vectors are moved.
+    """
+    generator = np.random.default_rng(seed)
+    filled = {}
+    for name, value in weights.items():
+        if value.ndim == 1:
+            value = value + 0.1 * generator.standard_normal(value.shape)
+        elif not value.any():
+            bound = math.sqrt(3) * 0.5 / math.sqrt(value.shape[-1])
+            value = generator.uniform(-bound, bound, value.shape)
+        filled[name] = value.astype(np.float32)
+    return filled
+
+
+def lines(
+    dtype: str, results: Mapping[str, Result], arrays: Mapping[str, Path], start: Mapping[str, np.ndarray]
+) -> Iterator[Line]:
+    """Every quantity compared, parameter by parameter."""
+    loss = {side: result["loss"] for side, result in results.items()}
+    yield _scalar_line("loss, step 0", loss, LOSS_TOLERANCE)
+    files = {side: np.load(path) for side, path in arrays.items()}
+    try:
+        for key in files["torch"].files:
+            what, name = key.split(":")
+            values = {side: file[key] for side, file in files.items()}
+            floor = GRADIENT_FLOOR[dtype]
+            if what != "gradient":
+                floor = CHANGE_FLOOR[dtype]
+                values = {side: value - thin(start[name]) for side, value in values.items()}
+            difference = relative(values["jax"], values["torch"])
+            rounding = relative(values["eager"], values["torch"])
+            yield Line(f"{what}: {name}", difference, rounding, max(floor, FACTOR * rounding))
+    finally:
+        for file in files.values():
+            file.close()
+    for step in results["torch"]["validation"]:
+        losses = {side: result["validation"][step] for side, result in results.items()}
+        yield _scalar_line(f"validation loss, step {step}", losses, CURVE_TOLERANCE)
+
+
+def _scalar_line(quantity: str, values: Mapping[str, float], tolerance: float) -> Line:
+    difference, rounding = abs(values["jax"] - values["torch"]), abs(values["eager"] - values["torch"])
+    return Line(quantity, difference, rounding, tolerance)
+
+
+def relative(value: np.ndarray, reference: np.ndarray) -> float:
+    """|value - reference| / |reference|, 0 where both are 0."""
+    if value.shape != reference.shape:
+        raise ValueError(f"shapes {value.shape} and {reference.shape}")
+    difference = float(np.linalg.norm((value - reference).astype(np.float64)))
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    return difference / norm if norm else (0.0 if difference == 0 else math.inf)
+
+
+def worst_of_each_kind(lines: Iterable[Line]) -> list[Line]:
+    """The same parameter of all layers in one line: the one closest to, or furthest beyond, its tolerance."""
+    kinds: dict[str, Line] = {}
+    for line in lines:
+        kind = re.sub(r"\.\d+", ".*", line.quantity)
+        known = kinds.get(kind)
+        if known is None or not line.difference / line.tolerance <= known.difference / known.tolerance:
+            kinds[kind] = line
+    return list(kinds.values())
+
+
+def table(lines: Iterable[Line], title: str) -> Table:
+    result = Table("worst of each kind", "JAX - PyTorch", "eager - compiled", "tolerance", "", title=title)
+    result.title_justify = "left"
+    for line in worst_of_each_kind(lines):
+        style = None if line.passed else "bold red"
+        numbers = (f"{x:.2e}" for x in (line.difference, line.rounding, line.tolerance))
+        result.add_row(line.quantity, *numbers, "ok" if line.passed else "TOO FAR", style=style)
+    return result
+
+
+def to_json(lines: Iterable[Line], results: Mapping[str, Result]) -> dict[str, Any]:
+    return {
+        "lines": [{**dataclasses.asdict(line), "passed": line.passed} for line in lines],
+        "sides": dict(results),
+    }
+
+
+def draw(results: Mapping[str, Result], path: Path, title: str) -> None:
+    """Training losses of all sides, and how far JAX and eager PyTorch are from compiled PyTorch. PNG."""
+    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    names = {"jax": "JAX", "torch": "PyTorch, compiled", "eager": "PyTorch, eager"}
+    colors = {"jax": "tab:blue", "torch": "tab:orange", "eager": "0.6"}
+    base = np.array(results["torch"]["losses"])
+    for side in ("eager", "torch", "jax"):
+        losses = np.array(results[side]["losses"])
+        above.plot(losses, color=colors[side], linewidth=1, label=names[side])
+        if side != "torch":
+            below.plot(losses - base, color=colors[side], linewidth=1, label=f"{names[side]} - compiled")
+    above.set(ylabel="training loss (nats per token)", title=title)
+    below.set(xlabel="step", ylabel="difference")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, format="png")

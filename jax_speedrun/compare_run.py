@@ -1,0 +1,136 @@
+"""What scripts/compare.py does, given its options: measure speed, compare values, or train both."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from . import compare, compare_parity, compare_report, evidence
+from .compare import Launcher
+from .compare_worker import WINDOWS, step_of_window
+from .config import PRESETS, Config
+from .errors import UsageError
+from .kernels.attention import Implementation
+
+TINY_DATA = Path(__file__).resolve().parent / "tiny"
+VALIDATION_SEQUENCES = 16
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code: 1 if parity fails.
+
+    Raises:
+      UsageError: for options, data or an environment that will not do; nothing is written then.
+    """
+    for option in ("rounds", "samples", "curve_steps"):
+        if getattr(options, option) < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(options, option)}")
+    out: Path = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
+    launch = Launcher({"jax": options.jax_python, "torch": options.torch_python}, out / "work")
+    launch.require_torch()
+    if options.train:
+        return train(options, launch, out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"--out {out}: there already; name another folder")
+
+    config = _config(options)
+    windows = options.windows or list(WINDOWS[options.preset])
+    for window in windows:
+        try:
+            step_of_window(window, config.steps, config.optimizer.window_tokens)
+        except ValueError as error:
+            raise UsageError(f"--windows {window}: {error}") from None
+    source = compare.write_inputs(
+        launch.folder / "inputs.npz",
+        config,
+        options.data or TINY_DATA,
+        max(options.curve_steps, *compare_parity.SNAPSHOTS) if options.parity else 1,
+        cut=options.data is None,
+        validation=VALIDATION_SEQUENCES if options.parity else 0,
+    )
+    description = f"{options.preset}, {config.sequence_length:,} tokens a step, text: {source}"
+    try:
+        if options.parity:
+            return parity(options, launch, config, max(windows), out, description)
+        return speed(options, launch, config, windows, out, description)
+    finally:
+        shutil.rmtree(launch.folder / "cache", ignore_errors=True)
+        (launch.folder / "inputs.npz").unlink(missing_ok=True)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    # Whether it runs here is for the worker to say: asking would start JAX's GPU in this process.
+    if options.attention not in get_args(Implementation):
+        raise UsageError(f"--attention {options.attention}: choose one of {', '.join(get_args(Implementation))}")
+    changes = {} if options.sequence_length is None else {"sequence_length": options.sequence_length}
+    return dataclasses.replace(PRESETS[options.preset], attention=options.attention, **changes)
+
+
+def speed(
+    options: argparse.Namespace, launch: Launcher, config: Config, windows: list[int], out: Path, description: str
+) -> int:
+    """Measure in turns; print the table, write compare.json and compare.png."""
+    job = compare.make_job(
+        config,
+        "measure",
+        inputs=str(launch.folder / "inputs.npz"),
+        parts=options.parts,
+        windows=windows,
+        samples=options.samples,
+        sample_seconds=compare.SAMPLE_SECONDS,
+    )
+    results = compare.measure_in_turns(launch, job, options.rounds)
+    summary = compare_report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
+    _write_json(out / "compare.json", {"description": description, **summary, "results": results})
+    device = summary["frameworks"]["torch"]["device"]
+    compare_report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
+    console = _console()
+    console.print(compare_report.table(summary, description))
+    for line in (*compare_report.notes(summary), f"written: {out / 'compare.json'}, {out / 'compare.png'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def parity(
+    options: argparse.Namespace, launch: Launcher, config: Config, window: int, out: Path, description: str
+) -> int:
+    """Compare values; print the table, write parity.json and parity.png."""
+    lines, results = compare_parity.run_parity(
+        launch, config, launch.folder, window=window, curve_steps=options.curve_steps
+    )
+    _write_json(out / "parity.json", {"description": description, **compare_parity.to_json(lines, results)})
+    compare_parity.draw(results, out / "parity.png", description)
+    console = _console()
+    console.print(compare_parity.table(lines, f"{description}; gradients at window {window}"))
+    failed = sum(not line.passed for line in lines)
+    fallbacks = [line for side in ("jax", "torch") for line in results[side]["fallbacks"]]
+    verdict = f"{len(lines)} quantities, {failed} beyond their tolerance"
+    for line in (*fallbacks, verdict, f"written: {out / 'parity.json'}, {out / 'parity.png'}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def train(options: argparse.Namespace, launch: Launcher, out: Path) -> int:
+    """Whole runs in turns; print their statistics."""
+    if options.data is None:
+        raise UsageError("--train needs --data: 91 M tokens for a whole run; scripts/prepare_data.py makes shards")
+    runs = compare.train_in_turns(launch.interpreters, options.data, out, options.seeds, options.steps)
+    jax_runs, torch_runs = (evidence.read_runs(runs[framework]) for framework in compare.FRAMEWORKS)
+    print("runs: JAX; versus: PyTorch")
+    print(evidence.report(jax_runs, torch_runs))
+    return 0
+
+
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _console() -> Console:
+    # A pipe or a file has no width of its own, and 80 columns would break the table.
+    return Console(width=None if sys.stdout.isatty() else 160)

@@ -1,0 +1,106 @@
+"""Compare JAX with PyTorch on this machine: the same recipe, tokens and windows, each framework in its own process.
+
+Measures step time and its parts, memory and time to the first step; prints a table, writes compare.json and
+compare.png. With --parity: do both compute the same? With --train: whole runs of both, and their statistics.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from jax_speedrun.compare_worker import PARTS, WINDOWS, run_job
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    parts = text.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(PARTS)}")
+    return parts
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--preset",
+        choices=list(WINDOWS),
+        default="eighth",
+        help="eighth (default): one sequence of the record's batch, for a GPU; tiny runs on a CPU as well",
+    )
+    p.add_argument("--sequence-length", type=int, metavar="T", help="tokens a step (default: the preset's)")
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="token shards (default: the text in the package, cut into documents as long as those of web text)",
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="for results and logs (default: runs/<time>-compare)")
+    p.add_argument("--attention", default="auto", metavar="NAME", help="JAX's, as in train.py (default: auto)")
+    p.add_argument("--jax-python", default=sys.executable, metavar="FILE", help="Python with JAX (default: this one)")
+    p.add_argument(
+        "--torch-python", default=sys.executable, metavar="FILE", help="Python with PyTorch (default: this one)"
+    )
+    p.add_argument("--worker", nargs=2, metavar=("NAME", "JOB"), help=argparse.SUPPRESS)
+
+    speed = p.add_argument_group("speed")
+    speed.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)} (default: all)")
+    speed.add_argument(
+        "--windows",
+        type=numbers,
+        metavar="W,W",
+        help="long attention windows in blocks (default: 1,4,7,10,14; tiny: 1,3,5)",
+    )
+    speed.add_argument("--rounds", type=int, default=2, metavar="N", help="turns of each (default: %(default)s)")
+    speed.add_argument("--samples", type=int, default=5, metavar="N", help="a turn and part (default: %(default)s)")
+
+    same = p.add_argument_group("parity")
+    same.add_argument("--parity", action="store_true", help="compare losses, gradients and parameters instead")
+    same.add_argument("--curve-steps", type=int, default=250, metavar="N", help="of training (default: %(default)s)")
+
+    whole = p.add_argument_group("whole runs")
+    whole.add_argument("--train", action="store_true", help="train eighth in both instead, and compare the runs")
+    whole.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,N", help="default: 0,1,2")
+    whole.add_argument("--steps", type=int, metavar="N", help="of each run (default: 1385)")
+    return p
+
+
+def work(framework: str, job_file: str) -> None:
+    """A worker's whole life. Its last line on standard output is the result."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    if framework == "jax":
+        from jax_speedrun.compare_jax import JaxSide
+
+        result = run_job(JaxSide(job), job)
+    else:
+        import reference_torch
+
+        from jax_speedrun.compare_torch import TorchSide
+
+        result = run_job(TorchSide(job, reference_torch), job)
+    print(json.dumps(result), flush=True)
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.worker:
+        work(*options.worker)
+        return 0
+    # Not above: a worker's Python may have PyTorch alone.
+    from jax_speedrun.compare_run import run
+    from jax_speedrun.errors import UsageError
+
+    try:
+        return run(options)
+    except UsageError as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
