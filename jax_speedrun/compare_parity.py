@@ -24,7 +24,7 @@ SNAPSHOTS = (1, 2, 5, 10)
 FACTOR = 3.0
 GRADIENT_FLOOR = {"float32": 1e-4, "bfloat16": 1e-2}
 """Relative, in the Euclidean norm of one parameter's gradient."""
-CHANGE_FLOOR = {"float32": 1e-2, "bfloat16": 5e-2}
+CHANGE_FLOOR = {"float32": 1e-3, "bfloat16": 5e-2}
 """The same for what training has changed: Adam's first step is a sign, which rounding flips where gradients vanish."""
 LOSS_TOLERANCE = 1e-3
 CURVE_TOLERANCE = 0.02

@@ -26,9 +26,7 @@ class TorchSide:
             self.fallbacks.append("PyTorch: no FP8 on this device, head matmuls in bfloat16")
         self.compile = job["compile"] and self.on_gpu
         if job["compile"] and not self.on_gpu:
-            self.fallbacks.append(
-                "PyTorch: no GPU, so dense attention (FlexAttention has no CPU backward), no compiling"
-            )
+            self.fallbacks.append("PyTorch: no GPU, so dense attention and no torch.compile")
         self.training = reference.Training(
             reference.ModelConfig(**model),
             reference.OptimizerConfig(**config["optimizer"]),

@@ -38,6 +38,7 @@ GROUP_PIECES = 32  # encoded by one thread at a time
 READ_CHARACTERS = 1 << 20
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
+
 class Piece(NamedTuple):
     """A part of a document that encodes on its own to the tokens it has inside the document."""
 

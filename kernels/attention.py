@@ -65,7 +65,9 @@ def resolve_implementation(
     device = jax.devices()[0]
     on_hopper = getattr(device, "compute_capability", None) == "9.0"
     if name == "hopper" and not on_hopper:
-        raise ValueError(f"implementation 'hopper' needs an H100 or H200, not {device.device_kind}; use 'xla' or 'auto'")
+        raise ValueError(
+            f"implementation 'hopper' needs an H100 or H200, not {device.device_kind}; use 'xla' or 'auto'"
+        )
     if name == "auto":
         fits = jnp.dtype(dtype) == jnp.bfloat16 and head_width in (64, 128) and block_size == BLOCK_SIZE
         return "hopper" if on_hopper and fits else "xla"

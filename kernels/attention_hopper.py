@@ -42,11 +42,12 @@ def hopper_attention(
       ValueError: for a shape, dtype, block size or scale that is not supported.
     """
     _check(q_THK, k_THK, v_THK, mask, scale)
-    return _attention(scale, interpret, q_THK, k_THK, v_THK, mask.documents, build_walks(mask))
+    return attend(scale, interpret, q_THK, k_THK, v_THK, mask.documents, build_walks(mask))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale: float, interpret: bool, q: Array, k: Array, v: Array, documents: Array, walks: Walks) -> Array:
+def attend(scale: float, interpret: bool, q: Array, k: Array, v: Array, documents: Array, walks: Walks) -> Array:
+    """`hopper_attention` on walks that were built before: what a step repeats for every layer."""
     return _attention_forward(scale, interpret, q, k, v, documents, walks)[0]
 
 
@@ -69,7 +70,7 @@ def _attention_backward(
     return dq, dk, dv, None, None
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+attend.defvjp(_attention_forward, _attention_backward)
 
 
 def _check(q: Array, k: Array, v: Array, mask: BlockMask, scale: float) -> None:

@@ -27,8 +27,10 @@ from jax import Array
 import jax_speedrun
 from jax_speedrun.data import find_shards, read_shard
 from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels import attention_hopper
 from jax_speedrun.kernels.attention import Implementation, block_sparse_attention
 from jax_speedrun.kernels.attention_hopper import hopper_supported
+from jax_speedrun.kernels.attention_hopper_walk import Walks, build_walks
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
 
 PEERS = ("hopper", "xla", "cudnn", "flex")
@@ -72,7 +74,7 @@ def jax_peer(attend: Callable[..., Array]) -> Peer:
     def backward(pull: Callable[[Array], Any], d_output: Array) -> Any:
         return pull(d_output)
 
-    def save(q: Array, k: Array, v: Array, mask: BlockMask, blocks: int) -> Any:
+    def save(q: Array, k: Array, v: Array, mask: Any, blocks: int) -> Any:
         return jax.vjp(lambda q, k, v: attend(q, k, v, mask, blocks), q, k, v)[1]
 
     saved = jax.jit(save, static_argnums=4)
@@ -81,10 +83,17 @@ def jax_peer(attend: Callable[..., Array]) -> Peer:
         q, k, v, d_output = case.inputs
         # Peers that read lists get one number for all windows, and so compile once.
         blocks = case.blocks if attend is cudnn else 0
-        pull = saved(q, k, v, case.mask, blocks)
-        return lambda: forward(q, k, v, case.mask, blocks), lambda: backward(pull, d_output)
+        # A step builds its masks once for all layers, so nobody's time includes that.
+        mask = (case.mask.documents, build_walks(case.mask)) if attend is hopper else case.mask
+        pull = saved(q, k, v, mask, blocks)
+        return lambda: forward(q, k, v, mask, blocks), lambda: backward(pull, d_output)
 
     return runs
+
+
+def hopper(q: Array, k: Array, v: Array, mask: tuple[Array, Walks], blocks: int) -> Array:
+    del blocks
+    return attention_hopper.attend(SCALE, False, q, k, v, *mask)
 
 
 def ours(implementation: Implementation) -> Callable[..., Array]:
@@ -103,26 +112,21 @@ def cudnn(q: Array, k: Array, v: Array, mask: BlockMask, blocks: int) -> Array:
     )[0]
 
 
-def flex_peer(torch: ModuleType) -> Peer:
+def flex_peer(torch: ModuleType, documents_T: Array) -> Peer:
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     attend = torch.compile(flex.flex_attention, dynamic=False)
+    documents = torch.from_dlpack(documents_T)
+
+    # One rule for all masks: a new function would be compiled anew.
+    def element_rule(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query >= key) & (documents[query] == documents[key])
 
     def runs(case: Case) -> Runs:
-        counts, indices, full_counts, full_indices, documents = (
-            torch.from_dlpack(x)
-            for x in (
-                case.mask.partial_counts,
-                case.mask.partial_indices,
-                case.mask.full_counts,
-                case.mask.full_indices,
-                case.mask.documents,
-            )
-        )
-
-        def element_rule(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return (query >= key) & (documents[query] == documents[key])
-
-        lists = [x[None, None] for x in (counts, indices, full_counts, full_indices)]
+        m = case.mask
+        lists = [
+            torch.from_dlpack(x)[None, None]
+            for x in (m.partial_counts, m.partial_indices, m.full_counts, m.full_indices)
+        ]
         mask = flex.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK_SIZE, mask_mod=element_rule)
         # (T, H, K) in memory, as the record's model has it, seen as (1, H, T, K).
         q, k, v, d_output = (torch.from_dlpack(x).transpose(0, 1)[None] for x in case.inputs)
@@ -275,20 +279,21 @@ def load_tokens(directory: Path, length: int) -> Array:
     return jnp.asarray(tokens, jnp.int32)
 
 
-def make_peers(names: list[str]) -> dict[str, Peer]:
+def make_peers(names: list[str], documents_T: Array) -> dict[str, Peer]:
     if set(names) - {"xla"} and jax.default_backend() != "gpu":
         raise UsageError("--peers: only xla runs without a GPU")
     if "hopper" in names and not hopper_supported():
         raise UsageError(f"--peers hopper: needs an H100 or H200, not {jax.devices()[0].device_kind}; leave it out")
+    attends: dict[str, Callable[..., Array]] = {"cudnn": cudnn, "hopper": hopper, "xla": ours("xla")}
     peers: dict[str, Peer] = {}
     for name in names:
         if name == "flex":
             try:
-                peers[name] = flex_peer(importlib.import_module("torch"))
+                peers[name] = flex_peer(importlib.import_module("torch"), documents_T)
             except ImportError:
                 print("flex: PyTorch is not installed, left out (pip install torch)", file=sys.stderr)
         else:
-            peers[name] = jax_peer(cudnn if name == "cudnn" else ours(name))  # type: ignore[arg-type]
+            peers[name] = jax_peer(attends[name])
     return peers
 
 
@@ -300,7 +305,8 @@ def main() -> None:
     shape = (options.length, options.heads, options.head_width)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_output = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-    peers, ceiling, rows = make_peers(options.peers), matmul_ceiling(), []
+    documents_T = long_short_masks(tokens, 1)[0].documents
+    peers, ceiling, rows = make_peers(options.peers, documents_T), matmul_ceiling(), []
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {shape[0]}, H = {shape[1]}, K = {shape[2]}, "
           f"bf16 matmul {ceiling:.0f} TFLOP/s")  # fmt: skip
     print("window  mask   peer    direction        ms  TFLOP/s  of ceiling  largest error")

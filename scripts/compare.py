@@ -86,8 +86,8 @@ def work(framework: str, job_file: str) -> None:
     print(json.dumps(result), flush=True)
 
 
-def main() -> int:
-    options = parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     if options.worker:
         work(*options.worker)
         return 0
