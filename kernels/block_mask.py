@@ -140,7 +140,8 @@ def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask
     visited = (query >= key) & shares_document
     full = (query > key) & same_single_document
 
-    unlimited = BlockMask(*dense_to_ordered(visited & ~full), *dense_to_ordered(full), documents)
+    counts, indices = dense_to_ordered(jnp.stack([visited & ~full, full]))
+    unlimited = BlockMask(counts[0], indices[0], counts[1], indices[1], documents)
     return unlimited.windowed(window_blocks), unlimited.windowed(jnp.asarray(window_blocks) // 2)
 
 

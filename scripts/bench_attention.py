@@ -59,7 +59,8 @@ class Row:
     ms: float
     tflops: float
     share_of_ceiling: float
-    errors: tuple[float, ...] | None  # of o, or of dq, dk, dv
+    largest_errors: tuple[float, ...] | None  # of o, or of dq, dk, dv
+    relative_errors: tuple[float, ...] | None  # the same, Frobenius norms
 
 
 type Runs = tuple[Callable[[], Any], Callable[[], Any]]
@@ -209,12 +210,12 @@ def measure(case: Case, peer: str, runs: Runs, truth: list[np.ndarray] | None, c
     ):
         ms = milliseconds(run, wait)
         tflops = products * 2 * width * heads * pairs / ms / 1e9
-        errors = None
+        largest = relative = None
         if truth is not None and peer != "cudnn":
-            errors = tuple(
-                float(np.abs(got - want).max()) for got, want in zip(to_numpy(run()), truth[wanted], strict=True)
-            )
-        yield Row(case.window, case.kind, peer, direction, ms, tflops, tflops / ceiling, errors)
+            pairs_of_results = list(zip(to_numpy(run()), truth[wanted], strict=True))
+            largest = tuple(float(np.abs(got - want).max()) for got, want in pairs_of_results)
+            relative = tuple(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs_of_results)
+        yield Row(case.window, case.kind, peer, direction, ms, tflops, tflops / ceiling, largest, relative)
 
 
 def matmul_ceiling() -> float:
@@ -309,7 +310,7 @@ def main() -> None:
     peers, ceiling, rows = make_peers(options.peers, documents_T), matmul_ceiling(), []
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {shape[0]}, H = {shape[1]}, K = {shape[2]}, "
           f"bf16 matmul {ceiling:.0f} TFLOP/s")  # fmt: skip
-    print("window  mask   peer    direction        ms  TFLOP/s  of ceiling  largest error")
+    print("window  mask   peer    direction        ms  TFLOP/s  of ceiling  error, largest/relative")
     for window in sorted(options.windows):
         for kind, mask in zip(("long", "short"), jax.jit(long_short_masks)(tokens, window), strict=True):
             blocks = window if kind == "long" else max(window // 2, 1)
@@ -320,7 +321,10 @@ def main() -> None:
             for name, peer in peers.items():
                 for row in measure(case, name, peer(case), truth, ceiling):
                     rows.append(row)
-                    errors = "" if row.errors is None else "  ".join(f"{e:.1e}" for e in row.errors)
+                    errors = "  ".join(
+                        f"{largest:.1e}/{relative:.2e}"
+                        for largest, relative in zip(row.largest_errors or (), row.relative_errors or (), strict=True)
+                    )
                     print(f"{row.window:6d}  {row.kind:5s}  {row.peer:6s}  {row.direction:9s} {row.ms:9.3f} "
                           f"{row.tflops:8.1f} {row.share_of_ceiling:11.1%}  {errors}", flush=True)  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
