@@ -248,7 +248,8 @@ def draw(rows: list[Row], path: Path) -> None:
         for peer in dict.fromkeys(row.peer for row in rows):
             line = [r for r in rows if (r.peer, r.direction, r.kind) == (peer, direction, "long")]
             axis.plot([r.window for r in line], [r.ms for r in line], "o-", label=peer)
-        axis.set(title=f"{direction}, long mask", xlabel="window (blocks of 128)", ylabel="ms a layer", ylim=(0, None))
+        axis.set(title=f"{direction}, long mask", xlabel="window (blocks of 128)", ylabel="ms a layer", yscale="log")
+        axis.grid(which="both", alpha=0.3)
         axis.legend()
     figure.tight_layout()
     figure.savefig(path)

@@ -504,5 +504,5 @@ def test_the_whole_command_with_pytorch(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = json.loads((tmp_path / "out" / "parity.json").read_text())["lines"]
     gradients = [line for line in lines if line["quantity"].startswith("gradient")]
-    assert len(gradients) == 38
+    assert len(gradients) == 39
     assert max(line["difference"] for line in gradients) < 1e-4
