@@ -15,12 +15,6 @@ from .block_mask import BlockMask
 HEAD_WIDTHS = (64, 128)
 
 
-def hopper_supported() -> bool:
-    """Whether JAX's default device is a Hopper GPU (H100, H200: compute capability 9.0)."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
-
-
 def hopper_attention(
     q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, *, scale: float, interpret: bool = False
 ) -> Array:

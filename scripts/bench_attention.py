@@ -28,8 +28,7 @@ import jax_speedrun
 from jax_speedrun.data import find_shards, read_shard
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels import attention_hopper
-from jax_speedrun.kernels.attention import Implementation, block_sparse_attention
-from jax_speedrun.kernels.attention_hopper import hopper_supported
+from jax_speedrun.kernels.attention import Implementation, block_sparse_attention, resolve_implementation
 from jax_speedrun.kernels.attention_hopper_walk import Walks, build_walks
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
 
@@ -281,11 +280,14 @@ def load_tokens(directory: Path, length: int) -> Array:
     return jnp.asarray(tokens, jnp.int32)
 
 
-def make_peers(names: list[str], documents_T: Array) -> dict[str, Peer]:
+def make_peers(names: list[str], documents_T: Array, head_width: int) -> dict[str, Peer]:
     if set(names) - {"xla"} and jax.default_backend() != "gpu":
         raise UsageError("--peers: only xla runs without a GPU")
-    if "hopper" in names and not hopper_supported():
-        raise UsageError(f"--peers hopper: needs an H100 or H200, not {jax.devices()[0].device_kind}; leave it out")
+    if "hopper" in names:
+        try:
+            resolve_implementation("hopper", head_width=head_width, dtype=jnp.bfloat16)
+        except ValueError as error:
+            raise UsageError(f"--peers hopper: {error}") from error
     attends: dict[str, Callable[..., Array]] = {"cudnn": cudnn, "hopper": hopper, "xla": ours("xla")}
     peers: dict[str, Peer] = {}
     for name in names:
@@ -308,7 +310,7 @@ def main() -> None:
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_output = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
     documents_T = long_short_masks(tokens, 1)[0].documents
-    peers, ceiling, rows = make_peers(options.peers, documents_T), matmul_ceiling(), []
+    peers, ceiling, rows = make_peers(options.peers, documents_T, options.head_width), matmul_ceiling(), []
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {shape[0]}, H = {shape[1]}, K = {shape[2]}, "
           f"bf16 matmul {ceiling:.0f} TFLOP/s")  # fmt: skip
     print("window  mask   peer    direction        ms  TFLOP/s  of ceiling  error, largest/relative")
