@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jax_speedrun import compare, compare_parity, compare_report
-from jax_speedrun.compare_jax import JaxSide
-from jax_speedrun.compare_parity import Line
-from jax_speedrun.compare_worker import PARTS, load_arrays, measure, parity, sample_ms, step_of_window, thin
+from jax_speedrun.comparison import parity as compare_parity
+from jax_speedrun.comparison import report as compare_report
+from jax_speedrun.comparison import turns as compare
+from jax_speedrun.comparison.jax_side import JaxSide
+from jax_speedrun.comparison.parity import Line
+from jax_speedrun.comparison.worker import PARTS, load_arrays, measure, parity, sample_ms, step_of_window, thin
 from jax_speedrun.config import PRESETS
 from jax_speedrun.data import END_OF_TEXT
 from jax_speedrun.errors import UsageError

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in (ROOT / "jax_speedrun").glob("*.py")
-    if path.name != "__init__.py"
+    for path in [*(ROOT / "jax_speedrun").glob("*.py"), *(ROOT / "jax_speedrun" / "comparison").glob("*.py")]
+    if path.name != "__init__.py" and path.stem != "torch_side"  # which alone needs PyTorch
 ) + sorted(f"jax_speedrun.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py"))
 
 
@@ -64,6 +64,6 @@ def test_every_script_explains_itself(script, tmp_path):
 
 def test_package_holds_its_kernels_and_data():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert packages == ["jax_speedrun", "jax_speedrun.kernels", "jax_speedrun.tiny"]
+    assert packages == ["jax_speedrun", "jax_speedrun.kernels", "jax_speedrun.comparison", "jax_speedrun.tiny"]
     assert (ROOT / "jax_speedrun" / "kernels").resolve() == ROOT / "kernels"
     assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "tiny").iterdir()) < 3_000_000

@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .compare import Job, Result, make_job
-from .compare_worker import load_arrays, save_arrays, thin
-from .config import Config
+from ..config import Config
+from .turns import Job, Result, make_job
+from .worker import load_arrays, save_arrays, thin
 
 SNAPSHOTS = (1, 2, 5, 10)
 FACTOR = 3.0

@@ -1,4 +1,4 @@
-"""The PyTorch side of scripts/compare.py: scripts/reference_torch.py as `compare_worker.Side` wants it.
+"""The PyTorch side of scripts/compare.py: scripts/reference_torch.py as `worker.Side` wants it.
 
 PyTorch and the reference come in as an argument, so that nothing in this package imports them.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class TorchSide:
-    """A `reference_torch.Training` on the first GPU, or the CPU; see `compare_worker.Side` for the methods."""
+    """A `reference_torch.Training` on the first GPU, or the CPU; see `worker.Side` for the methods."""
 
     def __init__(self, job: Mapping[str, Any], reference: ModuleType):
         self.reference, self.torch = reference, reference.torch

@@ -11,14 +11,15 @@ from typing import get_args
 
 from rich.console import Console
 
-from . import compare, compare_parity, compare_report, evidence
-from .compare import Launcher
-from .compare_worker import WINDOWS, step_of_window
-from .config import PRESETS, Config
-from .errors import UsageError
-from .kernels.attention import Implementation
+from .. import evidence
+from ..config import PRESETS, Config
+from ..errors import UsageError
+from ..kernels.attention import Implementation
+from . import parity, report, turns
+from .turns import Launcher
+from .worker import WINDOWS, step_of_window
 
-TINY_DATA = Path(__file__).resolve().parent / "tiny"
+TINY_DATA = Path(__file__).resolve().parent.parent / "tiny"
 VALIDATION_SEQUENCES = 16
 
 
@@ -46,18 +47,18 @@ def run(options: argparse.Namespace) -> int:
             step_of_window(window, config.steps, config.optimizer.window_tokens)
         except ValueError as error:
             raise UsageError(f"--windows {window}: {error}") from None
-    source = compare.write_inputs(
+    source = turns.write_inputs(
         launch.folder / "inputs.npz",
         config,
         options.data or TINY_DATA,
-        max(options.curve_steps, *compare_parity.SNAPSHOTS) if options.parity else 1,
+        max(options.curve_steps, *parity.SNAPSHOTS) if options.parity else 1,
         cut=options.data is None,
         validation=VALIDATION_SEQUENCES if options.parity else 0,
     )
     description = f"{options.preset}, {config.sequence_length:,} tokens a step, text: {source}"
     try:
         if options.parity:
-            return parity(options, launch, config, max(windows), out, description)
+            return compare_values(options, launch, config, max(windows), out, description)
         return speed(options, launch, config, windows, out, description)
     finally:
         shutil.rmtree(launch.folder / "cache", ignore_errors=True)
@@ -76,38 +77,36 @@ def speed(
     options: argparse.Namespace, launch: Launcher, config: Config, windows: list[int], out: Path, description: str
 ) -> int:
     """Measure in turns; print the table, write compare.json and compare.png."""
-    job = compare.make_job(
+    job = turns.make_job(
         config,
         "measure",
         inputs=str(launch.folder / "inputs.npz"),
         parts=options.parts,
         windows=windows,
         samples=options.samples,
-        sample_seconds=compare.SAMPLE_SECONDS,
+        sample_seconds=turns.SAMPLE_SECONDS,
     )
-    results = compare.measure_in_turns(launch, job, options.rounds)
-    summary = compare_report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
+    results = turns.measure_in_turns(launch, job, options.rounds)
+    summary = report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
     _write_json(out / "compare.json", {"description": description, **summary, "results": results})
     device = summary["frameworks"]["torch"]["device"]
-    compare_report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
+    report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
     console = _console()
-    console.print(compare_report.table(summary, description))
-    for line in (*compare_report.notes(summary), f"written: {out / 'compare.json'}, {out / 'compare.png'}"):
+    console.print(report.table(summary, description))
+    for line in (*report.notes(summary), f"written: {out / 'compare.json'}, {out / 'compare.png'}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def parity(
+def compare_values(
     options: argparse.Namespace, launch: Launcher, config: Config, window: int, out: Path, description: str
 ) -> int:
     """Compare values; print the table, write parity.json and parity.png."""
-    lines, results = compare_parity.run_parity(
-        launch, config, launch.folder, window=window, curve_steps=options.curve_steps
-    )
-    _write_json(out / "parity.json", {"description": description, **compare_parity.to_json(lines, results)})
-    compare_parity.draw(results, out / "parity.png", description)
+    lines, results = parity.run_parity(launch, config, launch.folder, window=window, curve_steps=options.curve_steps)
+    _write_json(out / "parity.json", {"description": description, **parity.to_json(lines, results)})
+    parity.draw(results, out / "parity.png", description)
     console = _console()
-    console.print(compare_parity.table(lines, f"{description}; gradients at window {window}"))
+    console.print(parity.table(lines, f"{description}; gradients at window {window}"))
     failed = sum(not line.passed for line in lines)
     fallbacks = [line for side in ("jax", "torch") for line in results[side]["fallbacks"]]
     verdict = f"{len(lines)} quantities, {failed} beyond their tolerance"
@@ -120,8 +119,8 @@ def train(options: argparse.Namespace, launch: Launcher, out: Path) -> int:
     """Whole runs in turns; print their statistics."""
     if options.data is None:
         raise UsageError("--train needs --data: 91 M tokens for a whole run; scripts/prepare_data.py makes shards")
-    runs = compare.train_in_turns(launch.interpreters, options.data, out, options.seeds, options.steps)
-    jax_runs, torch_runs = (evidence.read_runs(runs[framework]) for framework in compare.FRAMEWORKS)
+    runs = turns.train_in_turns(launch.interpreters, options.data, out, options.seeds, options.steps)
+    jax_runs, torch_runs = (evidence.read_runs(runs[framework]) for framework in turns.FRAMEWORKS)
     print("runs: JAX; versus: PyTorch")
     print(evidence.report(jax_runs, torch_runs))
     return 0

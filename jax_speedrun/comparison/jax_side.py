@@ -1,4 +1,4 @@
-"""The JAX side of scripts/compare.py: jax_speedrun's own step and its parts, as `compare_worker.Side` wants them."""
+"""The JAX side of scripts/compare.py: jax_speedrun's own step and its parts, as `worker.Side` wants them."""
 
 import dataclasses
 import functools
@@ -13,18 +13,18 @@ import optax
 from flax import nnx
 from jax import Array
 
-from .config import from_dict, peak_flops, resolve
-from .kernels.attention import block_sparse_attention
-from .kernels.block_mask import long_short_masks
-from .kernels.head_loss import fp8_supported, head_loss
-from .model import ATTENTION_SCALE, GPT
-from .optimizer import recipe_optimizer
-from .sharding import make_mesh, replicate, split_sequences
-from .train import Params, TrainState, make_program
+from ..config import from_dict, peak_flops, resolve
+from ..kernels.attention import block_sparse_attention
+from ..kernels.block_mask import long_short_masks
+from ..kernels.head_loss import fp8_supported, head_loss
+from ..model import ATTENTION_SCALE, GPT
+from ..optimizer import recipe_optimizer
+from ..sharding import make_mesh, replicate, split_sequences
+from ..train import Params, TrainState, make_program
 
 
 class JaxSide:
-    """A run's program and state on the first device; see `compare_worker.Side` for the methods."""
+    """A run's program and state on the first device; see `worker.Side` for the methods."""
 
     def __init__(self, job: Mapping[str, Any]):
         self.mesh = make_mesh(1, 1)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from .compare_worker import save_arrays
-from .config import Config, to_dict
-from .data import END_OF_TEXT, TokenBatches, find_shards, validation_sequences
-from .errors import UsageError
+from ..config import Config, to_dict
+from ..data import END_OF_TEXT, TokenBatches, find_shards, validation_sequences
+from ..errors import UsageError
+from .worker import save_arrays
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 FRAMEWORKS = ("jax", "torch")
 SAMPLE_SECONDS = 0.25
 DOCUMENT_MEDIAN, DOCUMENT_SIGMA = 400, 1.06

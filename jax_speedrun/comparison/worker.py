@@ -1,7 +1,7 @@
 """What one framework's process of scripts/compare.py does: the same for JAX and PyTorch, in NumPy alone.
 
 A job comes in as JSON, arrays as .npz, and the answer goes out as one line of JSON. Whatever depends on the
-framework stands behind `Side`: compare_jax.py and compare_torch.py.
+framework stands behind `Side`: jax_side.py and torch_side.py.
 """
 
 import math

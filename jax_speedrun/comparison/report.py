@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .compare import FRAMEWORKS, Result
+from .turns import FRAMEWORKS, Result
 
 NAMES = {"jax": "JAX", "torch": "PyTorch"}
 LABELS = {
