@@ -55,7 +55,7 @@ def assert_close(results, inputs, visible, scale=SCALE):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.02 * max(1.0, np.abs(want).max()))
         error = np.linalg.norm(np.asarray(got, np.float64) - want)
-        # Where few pairs are seen, rounding of the terms in P (dP - delta) is not averaged out: 2^-7 = 7.8e-3 and a little.
+        # Where few pairs are seen, the roundings of P and of P (dP - delta) do not average out: 2^-7 = 7.8e-3 and more.
         assert error <= 1e-2 * np.linalg.norm(want)
 
 

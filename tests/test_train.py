@@ -44,8 +44,8 @@ CONFIG = Config(
     # differs between any two orders of summation.
     optimizer=OptimizerConfig(scalar_learning_rate=0.0, window_tokens=256, newton_schulz_dtype="float32"),
     steps=20,
-    sequence_length=256,
-    validation_tokens=3 * 256,
+    sequence_length=128,
+    validation_tokens=3 * 128,
     validation_every=5,
     checkpoint_every=5,
     attention="reference",  # compiles faster; the implementations are compared elsewhere
@@ -354,7 +354,7 @@ def test_dry_run_compiles_and_writes_nothing(capsys, tmp_path, monkeypatch):
 def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path):
     """kill -9 in the middle of a run of the real script, then --resume."""
     command = [sys.executable, ROOT / "scripts" / "train.py", "--preset", "tiny", "--sequence-length", "128"]
-    command += ["--checkpoint-every", "1", "--validation-every", "100", "--steps", "12", "--mesh", "1"]
+    command += ["--checkpoint-every", "1", "--validation-every", "100", "--steps", "8", "--mesh", "1"]
     command += ["--attention", "reference"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = tmp_path / "run"
@@ -376,4 +376,4 @@ def test_a_killed_process_leaves_a_checkpoint_that_resumes(tmp_path):
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert sorted(metrics(out)) == list(range(13))
+    assert sorted(metrics(out)) == list(range(9))
