@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,42 +152,42 @@ def test_any_mesh_gives_the_same_losses(devices, data, reference_run, tmp_path):
     np.testing.assert_allclose(got_val, want_val, rtol=1e-4)  # three sequences on as many devices as there are
 
 
+@pytest.fixture(scope="module")
+def interrupted_run(data, tmp_path_factory):
+    """A run that stops after step 13, as if killed: its last checkpoint is that of step 10."""
+    from jax_speedrun import train as module
+
+    original, out = module._Loop._report, tmp_path_factory.mktemp("runs") / "interrupted"
+
+    def report(loop):
+        if loop.pending is not None and loop.pending[0] == 13:
+            raise KeyboardInterrupt
+        original(loop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Loop, "_report", report)
+        with pytest.raises(KeyboardInterrupt):
+            run(CONFIG, 1, data, out)
+    return out
+
+
 class TestResume:
-    def interrupted(self, data, out, monkeypatch):
-        """A run that stops after step 13, as if killed: its last checkpoint is that of step 10."""
-        from jax_speedrun import train as module
+    @pytest.fixture
+    def out(self, interrupted_run, tmp_path):
+        return Path(shutil.copytree(interrupted_run, tmp_path / "run"))
 
-        original = module._Loop._report
-
-        def report(loop):
-            if loop.pending is not None and loop.pending[0] == 13:
-                raise KeyboardInterrupt
-            original(loop)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Loop, "_report", report)
-            with pytest.raises(KeyboardInterrupt):
-                run(CONFIG, 1, data, out)
-
-    def test_continues_bit_for_bit(self, data, reference_run, tmp_path, monkeypatch):
-        out = tmp_path / "run"
-        self.interrupted(data, out, monkeypatch)
+    def test_continues_bit_for_bit(self, data, reference_run, out):
         assert checkpoint.latest(out)[0] == 10
         run(CONFIG, 1, data, out, resume=True)
         assert losses(out) == losses(reference_run[0])
         assert metrics(out)[20]["val_loss"] == metrics(reference_run[0])[20]["val_loss"]
         assert sorted(metrics(out)) == list(range(21))
 
-    def test_leftovers_of_a_killed_write_are_ignored(self, data, tmp_path, monkeypatch):
-        out = tmp_path / "run"
-        self.interrupted(data, out, monkeypatch)
-        (out / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
-        (out / "checkpoints" / "15.orbax-checkpoint-tmp" / "state").mkdir()
+    def test_leftovers_of_a_killed_write_are_ignored(self, out):
+        (out / "checkpoints" / "15.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         assert checkpoint.latest(out)[0] == 10
 
-    def test_on_other_devices(self, data, reference_run, tmp_path, monkeypatch):
-        out = tmp_path / "run"
-        self.interrupted(data, out, monkeypatch)
+    def test_on_other_devices(self, data, reference_run, out):
         run(CONFIG, 4, data, out, resume=True)
         np.testing.assert_allclose(losses(out), losses(reference_run[0]), rtol=1e-4)
 
