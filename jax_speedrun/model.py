@@ -129,6 +129,11 @@ class Block(nnx.Module):
         return x_TD + self.mlp(norm(x_TD))
 
 
+def model_graph(config: ModelConfig) -> nnx.GraphDef["GPT"]:
+    """The model without its values: `nnx.merge` of it and parameters is a `GPT`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
+
+
 class GPT(nnx.Module):
     """The whole model. Parameters: `embed`, `value_embeds`, `blocks`, `skip_weights`, `head`."""
 

@@ -14,7 +14,7 @@ from .checkpoint import Checkpoints
 from .config import Config, from_dict, resolve
 from .errors import UsageError
 from .kernels.block_mask import BLOCK_SIZE, DOCUMENT_START
-from .model import GPT
+from .model import GPT, model_graph
 from .optimizer import window_blocks
 from .sharding import make_mesh
 from .train import Params, make_program
@@ -66,7 +66,7 @@ def generate(
             f"prompt and --tokens make {length} tokens, but the model saw sequences of {config.sequence_length}; "
             "shorten one of them"
         )
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0))))
+    graph = model_graph(config.model)
     window = window_blocks(trained.step, config.steps, config.optimizer.window_tokens)
 
     @jax.jit

@@ -20,7 +20,7 @@ from .config import Config, peak_flops, to_dict
 from .data import TokenBatches, find_shards, prefetch, validation_sequences
 from .kernels.block_mask import BLOCK_SIZE
 from .kernels.head_loss import HeadPrecision
-from .model import GPT
+from .model import GPT, model_graph
 from .optimizer import learning_rate_factor, recipe_optimizer, window_blocks
 from .runlog import RunLog, StepClock
 from .sharding import DATA_AXIS, replicate, split_sequences
@@ -63,7 +63,7 @@ class Program(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh) -> Program:
     """Build the functions of a run. Nothing is compiled yet."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0))))
+    graph = model_graph(config.model)
     optimizer = recipe_optimizer(config.optimizer, config.steps)
     replicated, split = replicate(mesh), split_sequences(mesh)
 
