@@ -16,6 +16,9 @@ import numpy as np
 
 from .errors import UsageError
 
+TINY_DATA = Path(__file__).parent / "tiny"
+"""The public-domain shards in the package."""
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256

@@ -17,7 +17,7 @@ from .kernels.block_mask import BLOCK_SIZE, DOCUMENT_START
 from .model import GPT, model_graph
 from .optimizer import window_blocks
 from .sharding import make_mesh
-from .train import Params, make_program
+from .step import Params, make_program
 
 
 class Trained(NamedTuple):

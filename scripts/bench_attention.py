@@ -24,8 +24,7 @@ import matplotlib
 import numpy as np
 from jax import Array
 
-import jax_speedrun
-from jax_speedrun.data import find_shards, read_shard
+from jax_speedrun.data import TINY_DATA, find_shards, read_shard
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels import attention_hopper
 from jax_speedrun.kernels.attention import Implementation, block_sparse_attention, resolve_implementation
@@ -255,10 +254,9 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    tiny = Path(jax_speedrun.__file__).parent / "tiny"
     parser = argparse.ArgumentParser(prog="bench_attention.py", description=__doc__)
     parser.add_argument(
-        "--data", type=Path, default=tiny, metavar="DIR", help="shards (default: the text in the package)"
+        "--data", type=Path, default=TINY_DATA, metavar="DIR", help="shards (default: the text in the package)"
     )
     parser.add_argument("--length", type=int, default=65536, metavar="T", help="tokens (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=6, metavar="H", help="default: %(default)s")

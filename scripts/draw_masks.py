@@ -8,15 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-import jax_speedrun
 from jax_speedrun.config import PRESETS, Config
-from jax_speedrun.data import TokenBatches, find_shards
+from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, long_short_masks
 from jax_speedrun.kernels.mask_drawing import count_blocks, draw_masks
 from jax_speedrun.optimizer import window_blocks
-
-TINY_DATA = Path(jax_speedrun.__file__).parent / "tiny"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,14 +9,13 @@ from typing import Any, get_args
 
 from jax_speedrun import checkpoint
 from jax_speedrun.config import PRESETS, Config, from_dict, recipe_differences, resolve
-from jax_speedrun.data import find_shards
+from jax_speedrun.data import TINY_DATA, find_shards
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.attention import Implementation
 from jax_speedrun.plan import describe
 from jax_speedrun.sharding import make_mesh, start_devices
 from jax_speedrun.train import DivergedError, train
 
-TINY_DATA = Path(__file__).resolve().parent.parent / "jax_speedrun" / "tiny"
 FINEWEB_DATA = Path("data/fineweb10B")
 
 

@@ -56,7 +56,8 @@ def assert_close(results, inputs, visible, scale=SCALE):
         np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.02 * max(1.0, np.abs(want).max()))
         error = np.linalg.norm(np.asarray(got, np.float64) - want)
         # Where few pairs are seen, the roundings of P and of P (dP - delta) do not average out: 2^-7 = 7.8e-3 and more.
-        assert error <= 1e-2 * np.linalg.norm(want)
+        # Rows that see one key have a gradient of exactly 0, of which float32 leaves 2^-23 of dP's size.
+        assert error <= 1e-2 * np.linalg.norm(want) + 1e-6 * np.sqrt(want.size)
 
 
 def tokens_with_documents(rng, length, documents):

@@ -23,14 +23,14 @@ from jax_speedrun.comparison.jax_side import JaxSide
 from jax_speedrun.comparison.parity import Line
 from jax_speedrun.comparison.worker import PARTS, load_arrays, measure, parity, sample_ms, step_of_window, thin
 from jax_speedrun.config import PRESETS
-from jax_speedrun.data import END_OF_TEXT
+from jax_speedrun.data import END_OF_TEXT, TINY_DATA
 from jax_speedrun.errors import UsageError
 from jax_speedrun.optimizer import window_blocks
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "compare.py"
 TINY = PRESETS["tiny"]
-TINY_DATA = ROOT / "jax_speedrun" / "tiny"
 
 FAKE_ANSWER = {
     "device": "cpu",
@@ -46,10 +46,7 @@ FAKE_ANSWER = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare")
 
 
 def fake_python(path, body):

@@ -1,6 +1,5 @@
 """Drawn masks, read back from letters, pixels and files."""
 
-import importlib.util
 import itertools
 import os
 import re
@@ -31,6 +30,7 @@ from jax_speedrun.kernels.mask_drawing import (
     count_blocks,
     draw_masks,
 )
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "draw_masks.py"
@@ -51,12 +51,7 @@ def example() -> BlockMask:
 
 @pytest.fixture(scope="module")
 def script() -> types.ModuleType:
-    specification = importlib.util.spec_from_file_location("draw_masks_script", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("draw_masks")
 
 
 def test_ascii_is_the_picture_in_the_docstring(example: BlockMask) -> None:

@@ -1,7 +1,6 @@
 """scripts/reference_torch.py against float64 NumPy, where PyTorch is installed; its numbers and its refusal without."""
 
 import ast
-import importlib.util
 import math
 import os
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.numpy_model import forward_loss, visible
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "reference_torch.py"
@@ -36,11 +36,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def reference():
     pytest.importorskip("torch", reason="PyTorch is not installed; pip install -e '.[torch]' to test the reference")
-    spec = importlib.util.spec_from_file_location("reference_torch", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reference_torch"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reference_torch")
 
 
 def some_tokens(seed=0):

