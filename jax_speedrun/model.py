@@ -90,7 +90,10 @@ class Attention(nnx.Module):
             v_TC = mix(self.lambdas[...], v_TC, value_embedding_TC)
         q_THK, k_THK, v_THK = (x.reshape(x.shape[0], self.heads, -1) for x in (q_TC, k_TC, v_TC))
         q_THK, k_THK = rotate(norm(q_THK), angles), rotate(norm(k_THK), angles)
-        y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation)
+        with jax.named_scope("attention"):
+            y_THK = block_sparse_attention(
+                q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation
+            )
         return linear(y_THK.reshape(v_TC.shape), self.out_DD[...])
 
 
@@ -154,10 +157,13 @@ class GPT(nnx.Module):
     def hidden(self, tokens_T: Array, window_blocks: Array, implementation: Implementation) -> Array:
         """The normalised output of the last layer, (T, D), in the compute dtype."""
         config = self.config
-        long_mask, short_mask = long_short_masks(tokens_T, window_blocks)
+        with jax.named_scope("masks"):
+            long_mask, short_mask = long_short_masks(tokens_T, window_blocks)
         angles = rotary_angles(tokens_T.shape[0], config.head_width)
-        values = [embed(table[...], tokens_T).astype(config.compute_dtype) for table in self.value_embeds]
-        x_TD = x0_TD = norm(embed(self.embed[...], tokens_T).astype(config.compute_dtype))
+        with jax.named_scope("embedding"):
+            values = [embed(table[...], tokens_T).astype(config.compute_dtype) for table in self.value_embeds]
+            x_TD = embed(self.embed[...], tokens_T).astype(config.compute_dtype)
+        x_TD = x0_TD = norm(x_TD)
 
         skips: list[Array] = []
         half = config.layers // 2
@@ -183,7 +189,8 @@ class GPT(nnx.Module):
     ) -> Array:
         """Mean cross-entropy in nats of `targets_T` after each of `tokens_T`, a float32 scalar."""
         x_TD = self.hidden(tokens_T, window_blocks, implementation)
-        return head_loss(x_TD, self.head[...], targets_T, head_precision)
+        with jax.named_scope("head"):
+            return head_loss(x_TD, self.head[...], targets_T, head_precision)
 
     def logits(
         self, tokens_T: Array, positions_P: Array, window_blocks: Array, *, implementation: Implementation = "auto"

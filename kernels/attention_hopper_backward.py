@@ -82,6 +82,7 @@ class DkvBuffers(NamedTuple):
     query_documents: Ref
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "config"))  # lowered once, not once a layer
 def backward_dq(
     q_THK: Array, k_THK: Array, v_THK: Array, o_THK: Array, do_THK: Array, lse_HT: Array, documents_T: Array,
     walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DQ,
@@ -136,6 +137,7 @@ def backward_dq(
     )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, walk, shares)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "config"))  # lowered once, not once a layer
 def backward_dkv(
     q_THK: Array, k_THK: Array, v_THK: Array, do_THK: Array, lse_HT: Array, delta_HT: Array, documents_T: Array,
     walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DKV,

@@ -75,6 +75,7 @@ class Sums(NamedTuple):
     total: Array
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "config"))  # lowered once, not once a layer
 def forward(
     q_THK: Array,
     k_THK: Array,

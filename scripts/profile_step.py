@@ -1,0 +1,101 @@
+"""Where the time of a training step goes: `python scripts/profile_step.py --preset eighth --data DIR`.
+
+Profiles some steps and gives every kernel's time to a part of the step, beside the
+floor and the target of that part (for one sequence of 65,536 tokens on an H100).
+The trace stays in --out: open it with xprof or Perfetto.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jax_speedrun.comparison.worker import step_of_window
+from jax_speedrun.config import PRESETS, Config, resolve
+from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
+from jax_speedrun.errors import UsageError
+from jax_speedrun.profiling import PARTS, Kernel, Part, attribute, instruction_parts, kernels
+from jax_speedrun.sharding import make_mesh, split_sequences
+from jax_speedrun.step import make_program
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, default="eighth")
+    p.add_argument("--data", type=Path, default=TINY_DATA, metavar="DIR", help="default: the text in the package")
+    p.add_argument("--window", type=int, default=7, metavar="N", help="long attention window, in blocks (default 7)")
+    p.add_argument("--steps", type=int, default=10, metavar="N", help="steps to profile (default 10)")
+    p.add_argument("--sequence-length", type=int, metavar="T", help="default: the preset's")
+    p.add_argument("--mesh", type=int, metavar="N", help="devices")
+    p.add_argument("--kernels-shown", type=int, default=4, metavar="N", help="the longest kernels of each part")
+    p.add_argument("--out", type=Path, metavar="DIR", help="keep the trace, parts.json and the program's HLO there")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        config = PRESETS[args.preset]
+        if args.sequence_length:
+            config = dataclasses.replace(config, sequence_length=args.sequence_length)
+        with tempfile.TemporaryDirectory() as scratch:
+            out = args.out or Path(scratch)
+            out.mkdir(parents=True, exist_ok=True)
+            show(profile(config, args, out), args.kernels_shown, bounds=config.sequence_length == 65536)
+    except (UsageError, ValueError) as error:
+        print(f"profile_step.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, list[Kernel]]:
+    """The kernels of `args.steps` steps by part, their times divided by the number of steps."""
+    mesh = make_mesh(args.mesh, config.sequences)
+    config = resolve(config, mesh.devices.flat[0])
+    batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
+    program = make_program(config, mesh)
+    start = step_of_window(args.window, config.steps, config.optimizer.window_tokens)
+    state = program.init()._replace(step=jnp.int32(start))
+    sequences = jax.device_put(next(batches), split_sequences(mesh))
+    # Inside a CUDA graph kernels lose the name of what they came from.
+    options = {"xla_gpu_enable_command_buffer": ""} if mesh.devices.flat[0].platform == "gpu" else {}
+    step = program.train_step.lower(state, *sequences).compile(compiler_options=options)
+    hlo = step.as_text() or ""
+    (out / "step.hlo").write_text(hlo)
+    for _ in range(3):
+        state, metrics = step(state, *sequences)
+    jax.block_until_ready(metrics)
+    with jax.profiler.trace(out):
+        for _ in range(args.steps):
+            state, metrics = step(state, *sequences)
+        jax.block_until_ready(metrics)
+    module = hlo.split(maxsplit=2)[1].rstrip(",")
+    share = args.steps * mesh.size
+    found = [kernel._replace(ms=kernel.ms / share) for kernel in kernels(out, module)]
+    parts = attribute(found, instruction_parts(hlo))
+    text = json.dumps({part.name: [kernel._asdict() for kernel in members] for part, members in parts.items()})
+    (out / "parts.json").write_text(text + "\n")
+    return parts
+
+
+def show(parts: dict[Part, list[Kernel]], kernels_shown: int, *, bounds: bool) -> None:
+    table = Table("part", "ms a step", "floor", "target", "longest kernels, ms")
+    for part in PARTS:
+        members = parts[part]
+        longest = [f"{kernel.instruction or kernel.name} {kernel.ms:.2f}" for kernel in members[:kernels_shown]]
+        limits = [f"{value:g}" if bounds and value is not None else "" for value in (part.floor_ms, part.target_ms)]
+        table.add_row(part.name, f"{sum(kernel.ms for kernel in members):.2f}", *limits, "\n".join(longest))
+    table.add_section()
+    table.add_row("kernels in all", f"{sum(kernel.ms for members in parts.values() for kernel in members):.2f}")
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
