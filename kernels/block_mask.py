@@ -102,10 +102,10 @@ def dense_to_ordered(dense: Array) -> tuple[Array, Array]:
     """
     columns = dense.shape[-1]
     counts = jnp.sum(dense, axis=-1, dtype=jnp.int32)
-    # A stable sort of "is absent" over the reversed row: present columns come
-    # first, and keep their (descending) order.
-    order = jnp.argsort(~dense[..., ::-1], axis=-1, stable=True)
-    return counts, (columns - 1 - order).astype(jnp.int32)
+    # Present columns come first, and descend: one array to sort, where an argsort would move two.
+    distance = jnp.arange(columns - 1, -1, -1, dtype=jnp.int32)
+    order = jnp.sort(jnp.where(dense, distance, distance + columns), axis=-1)
+    return counts, columns - 1 - order % columns
 
 
 def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask, BlockMask]:
