@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from .attention_reference import reference_attention
 from .attention_xla import xla_attention
 from .block_mask import BLOCK_SIZE, BlockMask
+from .paths import on_hopper
 
 Implementation = Literal["auto", "hopper", "xla", "reference"]
 
@@ -63,14 +64,13 @@ def resolve_implementation(
     if name not in get_args(Implementation):
         raise ValueError(f"unknown implementation {name!r}; choose one of {', '.join(get_args(Implementation))}")
     device = jax.devices()[0]
-    on_hopper = getattr(device, "compute_capability", None) == "9.0"
-    if name == "hopper" and not on_hopper:
+    if name == "hopper" and not on_hopper(device):
         raise ValueError(
             f"implementation 'hopper' needs an H100 or H200, not {device.device_kind}; use 'xla' or 'auto'"
         )
     if name == "auto":
         fits = jnp.dtype(dtype) == jnp.bfloat16 and head_width in (64, 128) and block_size == BLOCK_SIZE
-        return "hopper" if on_hopper and fits else "xla"
+        return "hopper" if on_hopper(device) and fits else "xla"
     return name
 
 

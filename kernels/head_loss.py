@@ -13,12 +13,15 @@ scale is 2^13 per token, which is the record's 2^29 for a mean over 65,536.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from .paths import KernelPath, on_hopper
 
 HeadPrecision = Literal["fp8", "fp8_emulated", "bfloat16", "float32"]
 """How the three head matmuls round their operands.
@@ -34,7 +37,8 @@ W_SCALE = 32.0
 GRADIENT_SCALE = 2.0**13
 
 _CHUNK_TOKENS = {"cpu": 128}  # 26 MB of logits: near the size of a last-level cache
-_CHUNK_TOKENS_ACCELERATOR = 8192  # 1.6 GB of logits: few passes over the gradient's accumulator
+_CHUNK_TOKENS_ACCELERATOR = 8192  # 1.6 GB of logits in float32: few passes over the gradient's accumulator
+_CHUNK_TOKENS_FAST = 16384  # a program of the logits' kernel for each of 128 multiprocessors
 
 
 def fp8_supported(device: jax.Device) -> bool:
@@ -43,8 +47,23 @@ def fp8_supported(device: jax.Device) -> bool:
     return device.platform == "gpu" and capability is not None and float(capability) >= 8.9
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def head_loss(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrecision) -> Array:
+def fast_head_supported(
+    device: jax.Device, precision: HeadPrecision, *, tokens: int, vocabulary: int, width: int
+) -> bool:
+    """Whether `head_loss` takes `implementation="fast"` on `device` for these sizes."""
+    return on_hopper(device) and _not_fast(precision, tokens, vocabulary, width) is None
+
+
+def head_loss(
+    x_TD: Array,
+    head_VD: Array,
+    targets_T: Array,
+    precision: HeadPrecision,
+    implementation: KernelPath = "plain",
+    *,
+    chunk_tokens: int | None = None,
+    interpret: bool = False,
+) -> Array:
     """Mean cross-entropy in nats of `targets_T` under the capped logits of x W^T.
 
     Args:
@@ -52,11 +71,44 @@ def head_loss(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrec
       head_VD: float32 weights, V padded.
       targets_T: ids in [0, V).
       precision: see `HeadPrecision`.
+      implementation: of the gradient; `fast` is for `fp8` only. A loss that nobody differentiates is plain.
+      chunk_tokens: at most so many tokens' logits exist at a time; by default what suits the device.
+      interpret: run the kernels in Pallas' interpreter (any device, slow; for tests).
 
     Returns:
-      A float32 scalar. Differentiable in `x_TD` and `head_VD`.
+      A float32 scalar. Differentiable in `x_TD` and `head_VD`. Inside `shard_map`, switch off
+      `check_vma` for `fast`: Pallas' GPU kernels do not carry it.
+
+    Raises:
+      ValueError: if `fast` does not support the precision or a size.
     """
-    chunks = _chunks(x_TD, targets_T)
+    if implementation == "fast":
+        reason = _not_fast(precision, x_TD.shape[0], *head_VD.shape)
+        if reason is not None:
+            raise ValueError(f"the fast head needs {reason}; use implementation='plain'")
+    if chunk_tokens is None:
+        chunk_tokens = _chunk_tokens(implementation)
+    return _head_loss(x_TD, head_VD, targets_T, precision, implementation, chunk_tokens, interpret)
+
+
+def head_logits(x_TD: Array, head_VD: Array, precision: HeadPrecision) -> Array:
+    """The capped logits themselves, (T, V) float32. For sampling and tests: small T only."""
+    z_TV = _logits(_operand(x_TD, precision, X_SCALE), _operand(head_VD, precision, W_SCALE), precision)
+    return CAP * jax.nn.sigmoid(z_TV / TEMPERATURE)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _head_loss(
+    x_TD: Array,
+    head_VD: Array,
+    targets_T: Array,
+    precision: HeadPrecision,
+    implementation: KernelPath,
+    chunk_tokens: int,
+    interpret: bool,
+) -> Array:
+    del implementation, interpret
+    chunks = _chunks(x_TD, targets_T, chunk_tokens)
     w_VD = _operand(head_VD, precision, W_SCALE)
 
     def chunk_loss(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
@@ -68,45 +120,77 @@ def head_loss(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrec
     return total / x_TD.shape[0]
 
 
-def head_logits(x_TD: Array, head_VD: Array, precision: HeadPrecision) -> Array:
-    """The capped logits themselves, (T, V) float32. For sampling and tests: small T only."""
-    z_TV = _logits(_operand(x_TD, precision, X_SCALE), _operand(head_VD, precision, W_SCALE), precision)
-    return CAP * jax.nn.sigmoid(z_TV / TEMPERATURE)
-
-
 def _forward(
-    x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrecision
+    x_TD: Array,
+    head_VD: Array,
+    targets_T: Array,
+    precision: HeadPrecision,
+    implementation: KernelPath,
+    chunk_tokens: int,
+    interpret: bool,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     tokens = x_TD.shape[0]
     w_VD = _operand(head_VD, precision, W_SCALE)
     scales = (X_SCALE, W_SCALE, GRADIENT_SCALE) if precision.startswith("fp8") else (1.0, 1.0, 1.0)
     x_scale, w_scale, gradient_scale = scales
+    differentiate, multiple = _choose(precision, implementation, interpret)
 
     def chunk_step(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head_VD = carry
         x_CD, targets_C = chunk
         x_CD = _operand(x_CD, precision, X_SCALE)
-        loss_C, d_z_CV = _cross_entropy(_logits(x_CD, w_VD, precision), targets_C)
-        d_z_CV = _gradient_operand(d_z_CV, precision)
-        d_x_CD = _gradient_dot(d_z_CV, w_VD, ((1,), (0,)), precision) / (gradient_scale * w_scale * tokens)
-        d_head_VD = d_head_VD + _gradient_dot(d_z_CV, x_CD, ((0,), (0,)), precision)
+        loss_C, d_z_CV, d_z_VC = differentiate(x_CD, w_VD, targets_C)
+        d_x_CD = _gradient_dot(d_z_CV, w_VD, precision) / (gradient_scale * w_scale * tokens)
+        d_head_VD = d_head_VD + _gradient_dot(d_z_VC, x_CD, precision)
         return (total + jnp.sum(loss_C), d_head_VD), d_x_CD.astype(x_TD.dtype)
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, d_head_VD), d_x = lax.scan(chunk_step, start, _chunks(x_TD, targets_T))
+    (total, d_head_VD), d_x = lax.scan(chunk_step, start, _chunks(x_TD, targets_T, chunk_tokens, multiple))
     d_head_VD = d_head_VD / (gradient_scale * x_scale * tokens)
     return total / tokens, (d_x.reshape(x_TD.shape), d_head_VD.astype(head_VD.dtype), targets_T)
 
 
 def _backward(
-    precision: HeadPrecision, residuals: tuple[Array, Array, Array], d_loss: Array
+    precision: HeadPrecision,
+    implementation: KernelPath,
+    chunk_tokens: int,
+    interpret: bool,
+    residuals: tuple[Array, Array, Array],
+    d_loss: Array,
 ) -> tuple[Array, Array, np.ndarray]:
     d_x_TD, d_head_VD, targets_T = residuals
     d_x_TD = (d_loss * d_x_TD.astype(jnp.float32)).astype(d_x_TD.dtype)
     return d_x_TD, d_loss * d_head_VD, np.zeros(targets_T.shape, jax.dtypes.float0)
 
 
-head_loss.defvjp(_forward, _backward)
+_head_loss.defvjp(_forward, _backward)
+
+
+def _choose(
+    precision: HeadPrecision, implementation: KernelPath, interpret: bool
+) -> tuple[Callable[[Array, Array, Array], tuple[Array, Array, Array]], int]:
+    """What makes a chunk's losses and logit gradient, as (C, V) and as (V, C), and what divides the chunks it takes."""
+    if implementation == "fast":
+        # Imported when used: Pallas' GPU backend is not part of every jaxlib.
+        from .head_hopper import TOKENS, loss_and_logit_gradient
+
+        return functools.partial(loss_and_logit_gradient, interpret=interpret), TOKENS
+
+    def plain(x_CD: Array, w_VD: Array, targets_C: Array) -> tuple[Array, Array, Array]:
+        loss_C, d_z_CV = _cross_entropy(_logits(x_CD, w_VD, precision), targets_C)
+        d_z_CV = _gradient_operand(d_z_CV, precision)
+        return loss_C, d_z_CV, d_z_CV.T
+
+    return plain, 1
+
+
+def _not_fast(precision: HeadPrecision, tokens: int, vocabulary: int, width: int) -> str | None:
+    """What keeps the fast head from these inputs, if anything does."""
+    if precision != "fp8":
+        return f"precision 'fp8', got {precision!r}"
+    from .head_hopper import unsupported_shape
+
+    return unsupported_shape(tokens, vocabulary, width)
 
 
 def _cross_entropy(z_CV: Array, targets_C: Array) -> tuple[Array, Array]:
@@ -153,18 +237,24 @@ def _logits(x_CD: Array, w_VD: Array, precision: HeadPrecision) -> Array:
     return z_CV / (X_SCALE * W_SCALE) if precision.startswith("fp8") else z_CV
 
 
-def _gradient_dot(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]], precision: HeadPrecision) -> Array:
+def _gradient_dot(a: Array, b: Array, precision: HeadPrecision) -> Array:
     """Matrix product in float32 of operands already rounded, without FP8's fast accumulation."""
     a, b = _multiplicands(a, b, precision)
-    return lax.dot_general(a, b, (contract, ((), ())), precision="highest", preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision="highest", preferred_element_type=jnp.float32)
 
 
 def _multiplicands(a: Array, b: Array, precision: HeadPrecision) -> tuple[Array, Array]:
     return (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)) if precision == "fp8_emulated" else (a, b)
 
 
-def _chunks(x_TD: Array, targets_T: Array) -> tuple[Array, Array]:
-    tokens = x_TD.shape[0]
-    limit = _CHUNK_TOKENS.get(jax.default_backend(), _CHUNK_TOKENS_ACCELERATOR)
-    size = next(size for size in range(min(limit, tokens), 0, -1) if tokens % size == 0)
+def _chunk_tokens(implementation: KernelPath) -> int:
+    if implementation == "fast":
+        return _CHUNK_TOKENS_FAST
+    return _CHUNK_TOKENS.get(jax.default_backend(), _CHUNK_TOKENS_ACCELERATOR)
+
+
+def _chunks(x_TD: Array, targets_T: Array, limit: int, multiple: int = 1) -> tuple[Array, Array]:
+    """Equal chunks of at most `limit` tokens, and of a multiple of `multiple`, which divides T."""
+    units = x_TD.shape[0] // multiple
+    size = multiple * next(n for n in range(min(max(limit // multiple, 1), units), 0, -1) if units % n == 0)
     return x_TD.reshape(-1, size, x_TD.shape[1]), targets_T.reshape(-1, size)

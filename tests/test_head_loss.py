@@ -1,12 +1,18 @@
-"""The head's loss and gradients against float64 NumPy, in every precision."""
+"""The head's loss and gradients against float64 NumPy, in every precision; the fast path in Pallas' interpreter."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from jax_speedrun.kernels.head_loss import fp8_supported, head_logits, head_loss
+from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
+from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
+from jax_speedrun.kernels.head_loss import fast_head_supported, fp8_supported, head_logits, head_loss
 
 T, D, V = 384, 16, 640
 
@@ -26,21 +32,38 @@ def numpy_loss(x, w, targets, *, x_round=lambda a: a, w_round=lambda a: a, z_rou
     logits = 30 * gate
     top = logits.max(1, keepdims=True)
     log_total = top + np.log(np.exp(logits - top).sum(1, keepdims=True))
-    rows = np.arange(T)
+    rows = np.arange(len(x))
     gradient = np.exp(logits - log_total)
     gradient[rows, targets] -= 1
     gradient = g_round(gradient * 4 * gate * (1 - gate))
-    return np.mean(log_total[:, 0] - logits[rows, targets]), gradient @ w / T, gradient.T @ x / T
+    return np.mean(log_total[:, 0] - logits[rows, targets]), gradient @ w / len(x), gradient.T @ x / len(x)
 
 
 def rounder(dtype, scale=1.0):
     return lambda a: (a * scale).astype(np.float32).astype(dtype).astype(np.float64) / scale
 
 
-def run(x, w, targets, precision):
-    loss, (dx, dw) = jax.jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=3)(
-        jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets, jnp.int32), precision
+def numpy_fp8(x, w, targets):
+    bfloat16 = rounder(ml_dtypes.bfloat16)
+    return numpy_loss(
+        x,
+        w,
+        targets,
+        x_round=lambda a: rounder(ml_dtypes.float8_e4m3fn, 2)(bfloat16(a)),
+        w_round=lambda a: rounder(ml_dtypes.float8_e4m3fn, 32)(bfloat16(a)),
+        z_round=bfloat16,
+        g_round=lambda a: rounder(ml_dtypes.float8_e5m2, 2**13)(bfloat16(a)),
     )
+
+
+@functools.cache
+def gradient_function(**options):
+    return jax.jit(jax.value_and_grad(functools.partial(head_loss, **options), argnums=(0, 1)), static_argnums=3)
+
+
+def run(x, w, targets, precision, **options):
+    arguments = jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets, jnp.int32), precision
+    loss, (dx, dw) = gradient_function(**options)(*arguments)
     return np.asarray(loss), np.asarray(dx), np.asarray(dw)
 
 
@@ -59,15 +82,7 @@ def test_float32(seed):
 def test_fp8_rounds_as_the_recipe_says(seed):
     """x 2 and w 32 to e4m3, the gradient 2^13 a token to e5m2, z in bfloat16 between: the same values in NumPy."""
     x, w, targets = inputs(seed)
-    want = numpy_loss(
-        x,
-        w,
-        targets,
-        x_round=lambda a: rounder(ml_dtypes.float8_e4m3fn, 2)(rounder(ml_dtypes.bfloat16)(a)),
-        w_round=lambda a: rounder(ml_dtypes.float8_e4m3fn, 32)(rounder(ml_dtypes.bfloat16)(a)),
-        z_round=rounder(ml_dtypes.bfloat16),
-        g_round=lambda a: rounder(ml_dtypes.float8_e5m2, 2**13)(rounder(ml_dtypes.bfloat16)(a)),
-    )
+    want = numpy_fp8(x, w, targets)
     exact = numpy_loss(x, w, targets)
     # A value that float32 puts on the other side of a rounding border moves by one step of 2^-3: few do.
     for got, expected, unrounded in zip(run(x, w, targets, "fp8_emulated"), want, exact, strict=True):
@@ -119,3 +134,147 @@ def test_full_logits_never_exist():
 
 def test_a_cpu_has_no_fp8_units():
     assert not fp8_supported(jax.devices("cpu")[0])
+
+
+def test_one_token_and_chunks_that_do_not_divide_alike():
+    x, w, targets = inputs(9)
+    for tokens, chunk_tokens in ((1, 128), (6, 4), (384, 100)):
+        arguments = x[:tokens], w, targets[:tokens]
+        for got, want in zip(
+            run(*arguments, "float32", chunk_tokens=chunk_tokens), numpy_loss(*arguments), strict=True
+        ):
+            assert relative(got, want) < 2e-5
+
+
+# The fast path. Three tiles of words and two steps of channels; two chunks of tokens, of one tile each.
+FAST = {"tokens": 256, "vocabulary": 384, "width": 256}
+INTERPRETED = {"implementation": "fast", "interpret": True, "chunk_tokens": 128}
+
+
+def fast_inputs(case):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((FAST["tokens"], FAST["width"]))
+    w = 0.25 * rng.standard_normal((FAST["vocabulary"], FAST["width"]))
+    targets = rng.integers(0, FAST["vocabulary"], FAST["tokens"])
+    if case == "capped":  # the first channel lifts a word's z by 100 or -100 for every token; targets are among both
+        x[:, 0], w[:, 0] = 16, 0
+        w[:32, 0], w[-32:, 0] = 100 / 16, -100 / 16
+    if case == "improbable targets":
+        targets = (x @ w.T).argmin(1)
+    if case == "one target":
+        targets = np.full_like(targets, 131)
+    if case == "zero head":
+        w *= 0
+    return x.astype(np.float32), w.astype(np.float32), targets
+
+
+@pytest.mark.parametrize("case", ["random", "capped", "improbable targets", "one target", "zero head"])
+def test_fast_equals_the_recipe_and_plain(case):
+    """Same roundings, so the same tolerance as plain FP8 above: few values fall on another side of a border."""
+    arguments = fast_inputs(case)
+    fast = run(*arguments, "fp8", **INTERPRETED)
+    for got, want, plain in zip(fast, numpy_fp8(*arguments), run(*arguments, "fp8_emulated"), strict=True):
+        assert np.isfinite(got).all()
+        assert relative(got, want) < 5e-3
+        assert relative(got, plain) < 5e-3
+    np.testing.assert_allclose(fast[0], numpy_fp8(*arguments)[0], rtol=1e-5)
+
+
+def test_shares_of_the_words_change_nothing():
+    x, w, _ = fast_inputs("random")
+    x, w = jnp.asarray(x[:128] * 2, jnp.float8_e4m3fn), jnp.asarray(w * 32, jnp.float8_e4m3fn)
+    z, totals = logits_and_totals(x, w, unscale=1 / 64, splits=1, interpret=True)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T / 64
+    assert relative(np.asarray(z, np.float64), exact) < 2**-8
+    want = np.exp(30 / (1 + np.exp(-np.asarray(z, np.float64) / 7.5)) - 30).sum(1)
+    np.testing.assert_allclose(np.asarray(totals)[0], want, rtol=1e-5)
+    shared_z, shared_totals = logits_and_totals(x, w, unscale=1 / 64, splits=2, interpret=True)
+    np.testing.assert_array_equal(np.asarray(shared_z, np.float32), np.asarray(z, np.float32))
+    assert shared_totals.shape == (2, 128)
+    np.testing.assert_allclose(np.asarray(shared_totals).sum(0), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tiles_a_program", [1, 2, 16])
+def test_gradient_kernel_writes_both_layouts(tiles_a_program):
+    rng = np.random.default_rng(6)
+    z = jnp.asarray(np.concatenate([8 * rng.standard_normal((64, 192)), np.full((64, 64), [[-800, 800] * 32])], 1))
+    z, targets = z.astype(jnp.bfloat16), rng.integers(0, 256, 64)
+    gate = 1 / (1 + np.exp(-np.asarray(z, np.float64) / 7.5))
+    total = np.exp(30 * gate - 30).sum(1, keepdims=True)
+    want = np.exp(30 * gate - 30) / total - (np.arange(256) == targets[:, None])
+    want = rounder(ml_dtypes.float8_e5m2)(rounder(ml_dtypes.bfloat16)(want * 4 * gate * (1 - gate)) * 2**13)
+    log2_total = jnp.asarray(np.log2(total[:, 0]), jnp.float32)
+    d_z, turned = logit_gradient(
+        z, log2_total, jnp.asarray(targets, jnp.int32), tiles_a_program=tiles_a_program, interpret=True
+    )
+    assert d_z.dtype == turned.dtype == jnp.float8_e5m2
+    d_z, turned = np.asarray(d_z, np.float64), np.asarray(turned, np.float64)
+    np.testing.assert_array_equal(turned, d_z.T)
+    assert relative(d_z, want) < 2e-3
+    assert (d_z != want).mean() < 1e-3
+
+
+def test_fast_lowers_for_cuda_at_full_size():
+    """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0. One body serves every chunk."""
+    shapes = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (((65536, 768), "bfloat16"), ((50304, 768), "float32"), ((65536,), "int32"))
+    ]
+    gradient = jax.jit(jax.grad(lambda x, w, t: head_loss(x, w, t, "fp8", "fast"), argnums=(0, 1)))
+    text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("head_logits", "head_logit_gradient"):
+        assert kernel in text
+    assert "16384x50304xbf16" in text
+    assert "65536x50304" not in text
+    assert "50304x50304" not in text
+
+
+def test_fast_lowers_in_a_sharded_scan():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def local_loss(x, w, targets):
+        def add(total, one):
+            return total + head_loss(one[0], w, one[1], "fp8", "fast"), None
+
+        return jax.lax.pmean(jax.lax.scan(add, jnp.float32(0), (x, targets))[0], "data")
+
+    def loss(*args):
+        specs = (P("data"), P(), P("data"))
+        return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*args)
+
+    shapes = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (((4, 256, 128), "bfloat16"), ((384, 128), "float32"), ((4, 256), "int32"))
+    ]
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "head_logit_gradient" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "precision", "message"),
+    [
+        ({}, "bfloat16", "precision 'fp8', got 'bfloat16'"),
+        ({"tokens": 192}, "fp8", "T a multiple of 128, got 192"),
+        ({"vocabulary": 320}, "fp8", "V a multiple of 128, got 320"),
+        ({"width": 192}, "fp8", "D a multiple of 128, got 192"),
+        ({"width": 896}, "fp8", "D at most 768, got 896"),
+    ],
+)
+def test_what_the_fast_head_does_not_take_is_said(change, precision, message):
+    sizes = FAST | change
+    x = jnp.zeros((sizes["tokens"], sizes["width"]))
+    w, targets = jnp.zeros((sizes["vocabulary"], sizes["width"])), jnp.zeros(sizes["tokens"], jnp.int32)
+    with pytest.raises(ValueError, match=f"{message}; use implementation='plain'"):
+        head_loss(x, w, targets, precision, "fast")
+
+
+def test_fast_is_for_hopper_only():
+    class Device:
+        compute_capability = "9.0"
+
+    assert fast_head_supported(Device(), "fp8", **FAST)
+    assert not fast_head_supported(Device(), "bfloat16", **FAST)
+    assert not fast_head_supported(Device(), "fp8", **FAST | {"tokens": 1})
+    Device.compute_capability = "10.0"
+    assert not fast_head_supported(Device(), "fp8", **FAST)
+    assert not fast_head_supported(jax.devices("cpu")[0], "fp8", **FAST)
