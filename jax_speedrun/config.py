@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from .errors import UsageError
 from .kernels.attention import Implementation, resolve_implementation
 from .kernels.block_mask import BLOCK_SIZE
-from .kernels.head_loss import HeadPrecision, fp8_supported
+from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
+from .kernels.paths import KernelPath
 
 ComputeDtype = Literal["bfloat16", "float32"]
+Kernels = Literal["auto", "fast", "plain"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class OptimizerConfig:
     window_tokens: int = 1728
     """The attention window grows linearly from 0 to this, rounded up to whole blocks of 128."""
     newton_schulz_dtype: ComputeDtype = "bfloat16"
+    update_dtype: ComputeDtype = "bfloat16"
+    """Adam's updates of head and tables are rounded to this before they travel, on any number of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Config:
     """How often the data may be gone through."""
     seed: int = 0
     attention: Implementation = "auto"
+    kernels: Kernels = "auto"
+    """Of everything but attention: the kernels for Hopper GPUs, or plain JAX."""
 
     def __post_init__(self) -> None:
         if self.sequence_length <= 0 or self.sequence_length % BLOCK_SIZE:
@@ -112,6 +118,11 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences * self.sequence_length
+
+    @property
+    def kernel_path(self) -> KernelPath:
+        """`kernels` of a resolved run."""
+        return "fast" if self.kernels == "fast" else "plain"
 
 
 _TINY_MODEL = ModelConfig(
@@ -136,7 +147,11 @@ PRESETS = {
         model=_TINY_MODEL,
         # The narrow head needs larger steps to move its logits as far.
         optimizer=OptimizerConfig(
-            head_learning_rate=0.03, momentum_warmup_steps=20, window_tokens=640, newton_schulz_dtype="float32"
+            head_learning_rate=0.03,
+            momentum_warmup_steps=20,
+            window_tokens=640,
+            newton_schulz_dtype="float32",
+            update_dtype="float32",
         ),
         steps=24,
         sequence_length=1024,
@@ -149,7 +164,7 @@ PRESETS = {
 
 
 def resolve(config: Config, device: jax.Device) -> Config:
-    """The run as `device` can do it: FP8 emulated where the hardware lacks it, `auto` attention named."""
+    """The run as `device` can do it: FP8 emulated where the hardware lacks it, `auto` attention and kernels named."""
     model = config.model
     if model.head_precision == "fp8" and not fp8_supported(device):
         model = dataclasses.replace(model, head_precision="fp8_emulated")
@@ -159,7 +174,22 @@ def resolve(config: Config, device: jax.Device) -> Config:
         )
     except ValueError as error:
         raise UsageError(f"--attention {config.attention}: {error}") from error
-    return dataclasses.replace(config, model=model, attention=attention)
+    kernels = config.kernels
+    if kernels != "plain":
+        supported = fast_head_supported(
+            device,
+            model.head_precision,
+            tokens=config.sequence_length,
+            vocabulary=model.padded_vocabulary,
+            width=model.width,
+        )
+        if kernels == "fast" and not supported:
+            raise UsageError(
+                f"--kernels fast: needs an H100 or H200 and a preset with an FP8 head, not {config.preset} on "
+                f"{device.device_kind}; use --kernels plain or auto"
+            )
+        kernels = "fast" if supported else "plain"
+    return dataclasses.replace(config, model=model, attention=attention, kernels=kernels)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -180,7 +210,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     return build(Config, {**values, **nested})
 
 
-RUN_FIELDS = frozenset({"preset", "attention", "checkpoint_every", "validation_every", "validation_tokens"})
+RUN_FIELDS = frozenset({"preset", "attention", "kernels", "checkpoint_every", "validation_every", "validation_tokens"})
 """Fields that may change when a run is resumed; all others are the recipe."""
 
 

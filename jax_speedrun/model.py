@@ -17,8 +17,9 @@ from jax import Array
 from .config import ModelConfig
 from .kernels.attention import Implementation, block_sparse_attention
 from .kernels.block_mask import BlockMask, long_short_masks
-from .kernels.embedding import embed
+from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
+from .kernels.paths import KernelPath
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
@@ -154,15 +155,18 @@ class GPT(nnx.Module):
         self.skip_weights = nnx.Param(jnp.ones(config.layers // 2, jnp.float32))
         self.head = nnx.Param(jnp.zeros((config.padded_vocabulary, config.width), jnp.float32))
 
-    def hidden(self, tokens_T: Array, window_blocks: Array, implementation: Implementation) -> Array:
+    def hidden(
+        self, tokens_T: Array, window_blocks: Array, attention: Implementation = "auto", kernels: KernelPath = "plain"
+    ) -> Array:
         """The normalised output of the last layer, (T, D), in the compute dtype."""
         config = self.config
         with jax.named_scope("masks"):
             long_mask, short_mask = long_short_masks(tokens_T, window_blocks)
         angles = rotary_angles(tokens_T.shape[0], config.head_width)
         with jax.named_scope("embedding"):
-            values = [embed(table[...], tokens_T).astype(config.compute_dtype) for table in self.value_embeds]
-            x_TD = embed(self.embed[...], tokens_T).astype(config.compute_dtype)
+            order = sort_tokens(tokens_T, config.vocabulary) if kernels == "fast" else None
+            values = [embed(table[...], tokens_T, order).astype(config.compute_dtype) for table in self.value_embeds]
+            x_TD = embed(self.embed[...], tokens_T, order).astype(config.compute_dtype)
         x_TD = x0_TD = norm(x_TD)
 
         skips: list[Array] = []
@@ -173,7 +177,7 @@ class GPT(nnx.Module):
             table_index = config.value_embedding_of(layer)
             value_embedding_TC = None if table_index is None else values[table_index]
             mask = long_mask if layer in config.long_layers else short_mask
-            x_TD = block(x_TD, x0_TD, value_embedding_TC, mask, angles, implementation)
+            x_TD = block(x_TD, x0_TD, value_embedding_TC, mask, angles, attention)
             if layer < half:
                 skips.append(x_TD)
         return norm(x_TD)
@@ -184,17 +188,19 @@ class GPT(nnx.Module):
         targets_T: Array,
         window_blocks: Array,
         *,
-        implementation: Implementation = "auto",
+        attention: Implementation = "auto",
+        kernels: KernelPath = "plain",
         head_precision: HeadPrecision,
     ) -> Array:
         """Mean cross-entropy in nats of `targets_T` after each of `tokens_T`, a float32 scalar."""
-        x_TD = self.hidden(tokens_T, window_blocks, implementation)
+        x_TD = self.hidden(tokens_T, window_blocks, attention, kernels)
+        head_kernels = kernels if head_precision == "fp8" else "plain"  # evaluation has another precision
         with jax.named_scope("head"):
-            return head_loss(x_TD, self.head[...], targets_T, head_precision)
+            return head_loss(x_TD, self.head[...], targets_T, head_precision, head_kernels)
 
     def logits(
-        self, tokens_T: Array, positions_P: Array, window_blocks: Array, *, implementation: Implementation = "auto"
+        self, tokens_T: Array, positions_P: Array, window_blocks: Array, *, attention: Implementation = "auto"
     ) -> Array:
         """Capped float32 logits (P, V padded) of what follows the tokens at `positions_P`."""
-        x_PD = self.hidden(tokens_T, window_blocks, implementation)[positions_P]
+        x_PD = self.hidden(tokens_T, window_blocks, attention)[positions_P]
         return head_logits(x_PD, self.head[...], self.config.evaluation_precision)

@@ -72,7 +72,7 @@ def generate(
     @jax.jit
     def next_token(params: Params, tokens_T: Array, position: Array, key: Array) -> Array:
         model: GPT = nnx.merge(graph, params)
-        logits_V = model.logits(tokens_T, position[None], window, implementation=config.attention)[0]
+        logits_V = model.logits(tokens_T, position[None], window, attention=config.attention)[0]
         logits_V = logits_V[: config.model.vocabulary]  # the padded words do not exist
         likeliest_K, words_K = jax.lax.top_k(logits_V, top_k)
         if temperature == 0:

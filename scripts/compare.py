@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="for results and logs (default: runs/<time>-compare)")
     p.add_argument("--attention", default="auto", metavar="NAME", help="JAX's, as in train.py (default: auto)")
+    p.add_argument("--kernels", default="auto", metavar="NAME", help="JAX's, as in train.py (default: auto)")
     p.add_argument("--jax-python", default=sys.executable, metavar="FILE", help="Python with JAX (default: this one)")
     p.add_argument(
         "--torch-python", default=sys.executable, metavar="FILE", help="Python with PyTorch (default: this one)"

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_speedrun.comparison.worker import step_of_window
-from jax_speedrun.config import PRESETS, Config, resolve
+from jax_speedrun.config import PRESETS, Config, Kernels, resolve
 from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
-from jax_speedrun.profiling import PARTS, Kernel, Part, attribute, instruction_parts, kernels
+from jax_speedrun.profiling import PARTS, Kernel, Part, attribute, exposed_communication, instruction_parts, kernels
 from jax_speedrun.sharding import make_mesh, split_sequences
 from jax_speedrun.step import make_program
 
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=10, metavar="N", help="steps to profile (default 10)")
     p.add_argument("--sequence-length", type=int, metavar="T", help="default: the preset's")
     p.add_argument("--mesh", type=int, metavar="N", help="devices")
+    p.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="as in train.py (default auto)")
     p.add_argument("--kernels-shown", type=int, default=4, metavar="N", help="the longest kernels of each part")
     p.add_argument("--out", type=Path, metavar="DIR", help="keep the trace, parts.json and the program's HLO there")
     return p
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        config = PRESETS[args.preset]
+        config = dataclasses.replace(PRESETS[args.preset], kernels=args.kernels)
         if args.sequence_length:
             config = dataclasses.replace(config, sequence_length=args.sequence_length)
         with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +81,10 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     module = hlo.split(maxsplit=2)[1].rstrip(",")
     share = args.steps * mesh.size
     found = [kernel._replace(ms=kernel.ms / share) for kernel in kernels(out, module)]
-    parts = attribute(found, instruction_parts(hlo))
+    parts_of = instruction_parts(hlo)
+    if mesh.size > 1:
+        print(f"communication that nothing hides: {exposed_communication(out, module, parts_of) / share:.2f} ms a step")
+    parts = attribute(found, parts_of)
     text = json.dumps({part.name: [kernel._asdict() for kernel in members] for part, members in parts.items()})
     (out / "parts.json").write_text(text + "\n")
     return parts

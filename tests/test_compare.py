@@ -37,6 +37,7 @@ FAKE_ANSWER = {
     "versions": {"torch": "0"},
     "fallbacks": ["PyTorch: a stand-in"],
     "attention": "none",
+    "kernels": "none",
     "peak_flops": None,
     "matmul_size": 512,
     "first_step_s": 2.0,

@@ -55,7 +55,7 @@ def jitted(implementation):
 
     def loss(params, tokens, targets, window):
         return nnx.merge(graph, params).loss(
-            tokens, targets, window, implementation=implementation, head_precision="float32"
+            tokens, targets, window, attention=implementation, head_precision="float32"
         )
 
     return jax.jit(jax.value_and_grad(loss))
@@ -87,7 +87,7 @@ def test_loss_equals_numpy(implementation, window):
 def test_logits_equal_numpy():
     graph, params, tokens, targets = setup()
     logits = nnx.merge(graph, params).logits(
-        jnp.asarray(tokens), jnp.arange(100, TOKENS, 7), jnp.int32(2), implementation="xla"
+        jnp.asarray(tokens), jnp.arange(100, TOKENS, 7), jnp.int32(2), attention="xla"
     )
     want = numpy_loss(params, tokens, targets, 2)[1][100::7]
     assert np.linalg.norm(logits - want) / np.linalg.norm(want) < 1e-5

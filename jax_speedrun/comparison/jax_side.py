@@ -56,6 +56,7 @@ class JaxSide:
             "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
             "fallbacks": self.fallbacks,
             "attention": self.config.attention,
+            "kernels": self.config.kernels,
             "peak_flops": peak_flops(self.device),
             "matmul_size": 8192 if on_gpu else 1024,
         }
@@ -129,7 +130,8 @@ class JaxSide:
             tokens_T,
             targets_T,
             window,
-            implementation=self.config.attention,
+            attention=self.config.attention,
+            kernels=self.config.kernel_path,
             head_precision=self.config.model.head_precision,
         )
 
@@ -163,8 +165,9 @@ class JaxSide:
     def _head(self, targets_T: Array) -> Callable[[], object]:
         model = self.config.model
         x_TD = self._normal((targets_T.shape[0], model.width), 0)
-        gradient = jax.jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=3)
-        return functools.partial(gradient, x_TD, self.state.params["head"], targets_T, model.head_precision)
+        gradient = jax.jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=(3, 4))
+        head_VD, kernels = self.state.params["head"], self.config.kernel_path
+        return functools.partial(gradient, x_TD, head_VD, targets_T, model.head_precision, kernels)
 
     def _optimizer(self) -> Callable[[], object]:
         gradient = jax.tree.map(lambda p: p.astype(jnp.float32) + 0.0, self.state.params)

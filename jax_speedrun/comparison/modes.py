@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 
 from .. import evidence
-from ..config import PRESETS, Config
+from ..config import PRESETS, Config, Kernels
 from ..data import TINY_DATA
 from ..errors import UsageError
 from ..kernels.attention import Implementation
@@ -70,7 +70,9 @@ def _config(options: argparse.Namespace) -> Config:
     if options.attention not in get_args(Implementation):
         raise UsageError(f"--attention {options.attention}: choose one of {', '.join(get_args(Implementation))}")
     changes = {} if options.sequence_length is None else {"sequence_length": options.sequence_length}
-    return dataclasses.replace(PRESETS[options.preset], attention=options.attention, **changes)
+    if options.kernels not in get_args(Kernels):
+        raise UsageError(f"--kernels {options.kernels}: choose one of {', '.join(get_args(Kernels))}")
+    return dataclasses.replace(PRESETS[options.preset], attention=options.attention, kernels=options.kernels, **changes)
 
 
 def speed(

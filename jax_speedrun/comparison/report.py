@@ -89,6 +89,7 @@ def _describe(results: Sequence[Result]) -> dict[str, Any]:
         "versions": first["versions"],
         "fallbacks": first["fallbacks"],
         "attention": first["attention"],
+        "kernels": first["kernels"],
         "first_step_s": {"cold": first["first_step_s"], "warm": statistics.median(warm) if warm else None},
         "peak_bytes": max(peaks) if peaks else None,
     }
@@ -152,7 +153,9 @@ def notes(summary: dict[str, Any]) -> list[str]:
     for name in FRAMEWORKS:
         about = summary["frameworks"][name]
         versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-        lines.append(f"{NAMES[name]}: {about['device']}; {versions}; attention {about['attention']}")
+        lines.append(
+            f"{NAMES[name]}: {about['device']}; {versions}; attention {about['attention']}, kernels {about['kernels']}"
+        )
         lines += [f"  {fallback}" for fallback in about["fallbacks"]]
     peak = summary["peak_flops"]
     rate = "no datasheet rate known for it" if peak is None else f"datasheet {peak / 1e12:,.0f} TFLOP/s"

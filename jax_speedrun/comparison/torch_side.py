@@ -29,7 +29,8 @@ class TorchSide:
             self.fallbacks.append("PyTorch: no GPU, so dense attention and no torch.compile")
         self.training = reference.Training(
             reference.ModelConfig(**model),
-            reference.OptimizerConfig(**config["optimizer"]),
+            # It rounds no updates: what `update_dtype` is for, JAX's sharded Adam, it does in another way.
+            reference.OptimizerConfig(**{k: v for k, v in config["optimizer"].items() if k != "update_dtype"}),
             config["steps"],
             seed=config["seed"],
             device=self.device,
@@ -43,6 +44,7 @@ class TorchSide:
             "versions": {"torch": str(self.torch.__version__)},
             "fallbacks": self.fallbacks,
             "attention": "FlexAttention" if self.on_gpu else "dense",
+            "kernels": "torch.compile" if self.on_gpu else "eager",
             "peak_flops": None,
             "matmul_size": 8192 if self.on_gpu else 1024,
         }
@@ -54,7 +56,7 @@ class TorchSide:
         tokens, targets = self._place(tokens_T), self._place(targets_T)
         match part:
             case "step":
-                return functools.partial(training.step, tokens, targets, step)
+                return functools.partial(training.step, tokens[None], targets[None], step)
             case "micro":
 
                 def micro() -> object:
@@ -106,7 +108,7 @@ class TorchSide:
         return loss.item(), arrays
 
     def step(self, tokens_T: np.ndarray, targets_T: np.ndarray, step: int) -> float:
-        loss: float = self.training.step(self._place(tokens_T), self._place(targets_T), step).item()
+        loss: float = self.training.step(self._place(tokens_T[None]), self._place(targets_T[None]), step).item()
         return loss
 
     def evaluate(self, tokens_NT: np.ndarray, targets_NT: np.ndarray, step: int) -> float:
