@@ -4,202 +4,88 @@ Everything is an optax transform or a plain function of the step, so the pieces
 compose with `optax.partition`, `optax.chain`, `optax.inject_hyperparams` and
 schedules. Matrices are stored (output features, input features): rows are outputs.
 
+With `Shards` a transform's update runs on each device inside a `jax.shard_map`: it
+takes the device's own gradient, reduces it and gathers the updates by itself. Each
+device keeps and updates its share of the state only; `state_specs` says which.
+
 Source: the "Sub-3 minute" NanoGPT speedrun record of 16 January 2025.
 """
 
-import math
-from collections import defaultdict
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from .banks import pack, unpack
 from .config import OptimizerConfig
 from .kernels.block_mask import BLOCK_SIZE
+from .muon import MuonState, muon, newton_schulz, widen
+from .sharding import Shards
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
-# A dtype instance, not `jnp.bfloat16`: the latter is callable, and
-# `optax.inject_hyperparams` takes every callable argument for a schedule.
-BFLOAT16 = jnp.dtype(jnp.bfloat16)
-
-
-def newton_schulz(matrices: Array, *, steps: ArrayLike = 5, dtype: DTypeLike = BFLOAT16) -> Array:
-    """Roughly orthogonalise each matrix: U S V^T becomes about U V^T, without an SVD.
-
-    One step applies the odd polynomial p(s) = a s + b s^3 + c s^5 to every
-    singular value and leaves the singular vectors alone: matmuls are all it needs.
-    The division by the Frobenius norm first brings every s into [0, 1].
-
-    It does not converge to U V^T, and that is on purpose. A polynomial with a
-    fixed point at 1 has to rise gently from 0, and small singular values need many
-    steps to get anywhere. This one gives up the fixed point (p(1) = 0.701) for
-    the steepest slope at 0: a small s grows 3.4445-fold a step, and one that has
-    arrived wanders around 1 for ever. After 5 steps all that began above 0.002 lie
-    in [0.68, 1.21]. As an optimiser's update that is as good as U V^T, and for the
-    same reason bfloat16 is precise enough.
-
-    Args:
-      matrices: (..., rows, columns); leading axes are a batch of independent matrices.
-      steps: how often to apply the polynomial. If traced, the loop is not unrolled.
-      dtype: of the matmuls, the iterates and the result.
-
-    Returns:
-      (..., rows, columns) in `dtype`. A zero matrix stays zero.
-
-    Raises:
-      ValueError: if `matrices` has fewer than 2 axes.
-
-    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
-    """
-    if matrices.ndim < 2:
-        raise ValueError(f"newton_schulz needs (..., rows, columns), got shape {matrices.shape}")
-    a, b, c = QUINTIC
-    # The Gram matrix below is rows x rows: cheap on the short side.
-    x = _lay_down(matrices).astype(dtype)
-    wide = _widen(x)
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True))
-    x = (wide / (norm + 1e-7)).astype(dtype)
-
-    # Matmuls run in `dtype`, sums do not: as bfloat16 the coefficients alone (3.4445 becomes
-    # 3.4375) would move the result more than all other rounding together.
-    def polynomial(_: Array, x: Array) -> Array:
-        gram = x @ x.mT
-        inner = b * _widen(gram) + c * _widen(gram @ gram)
-        return (a * _widen(x) + _widen(inner.astype(dtype) @ x)).astype(dtype)
-
-    # Unrolled, XLA sees straight-line matmuls; a while loop cannot be unrolled to a traced bound.
-    unroll = True if isinstance(steps, int) else None
-    result: Array = jax.lax.fori_loop(0, steps, polynomial, x, unroll=unroll)
-    if result.shape != matrices.shape:
-        result = result.mT
-    return result
-
-
-class MuonState(NamedTuple):
-    """`count`: updates made, int32 scalar. `momentum`: like the parameters."""
-
-    count: Array  # type: ignore[assignment]  # optax's name for it, and a method of tuple
-    momentum: optax.Updates
-
-
-def muon(
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: optax.ScalarOrSchedule = 0.95,
-    *,
-    nesterov: bool = True,
-    newton_schulz_steps: ArrayLike = 5,
-    dtype: DTypeLike = BFLOAT16,
-) -> optax.GradientTransformation:
-    """Momentum, orthogonalised: the update of a matrix is `-lr sqrt(max(1, rows / columns)) O`.
-
-    O is `newton_schulz` of the (Nesterov) momentum, an exponential average of the
-    gradients with weight 1 - momentum. Leaves have shape (..., rows, columns), and
-    leading axes are a batch of independent matrices: a merged (3, D, D) projection is three.
-
-    Matrices of equal shape are stacked across leaves, tall ones after transposition,
-    so that Newton-Schulz runs once per distinct shape however many layers there are.
-
-    Args:
-      learning_rate: a number, or a schedule of the number of updates made so far.
-      momentum: likewise.
-      nesterov: look ahead: average the gradient with the new momentum once more.
-      newton_schulz_steps: under `optax.inject_hyperparams`, name it in `static_args`
-        to keep the loop unrolled.
-      dtype: of the Newton-Schulz iterates. Momentum and update have the dtype of the parameters.
-
-    Raises:
-      ValueError: (at init) if a leaf has fewer than 2 axes.
-    """
-
-    def init(params: optax.Params) -> MuonState:
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if jnp.ndim(leaf) < 2:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"muon updates matrices, but parameter '{name}' has shape {jnp.shape(leaf)}; "
-                    "give it another optimiser through optax.partition"
-                )
-        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
-
-    def update(
-        updates: optax.Updates, state: MuonState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, MuonState]:
-        m = momentum(state.count) if callable(momentum) else momentum
-
-        def average(old: Array, new: Array) -> Array:
-            mixed: Array = m * old + (1 - m) * new
-            return mixed.astype(old.dtype)
-
-        buffers = jax.tree.map(average, state.momentum, updates)
-        ahead = jax.tree.map(average, buffers, updates) if nesterov else buffers
-        new_state = MuonState(optax.safe_increment(state.count), buffers)
-        return _orthogonalise(ahead, newton_schulz_steps, dtype), new_state
-
-    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
-
-
-def _orthogonalise(tree: optax.Updates, steps: ArrayLike, dtype: DTypeLike) -> optax.Updates:
-    """sqrt(max(1, rows / columns)) times `newton_schulz` of each matrix, in one call per distinct shape."""
-    leaves, structure = jax.tree.flatten(tree)
-    members: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, leaf in enumerate(leaves):
-        short, long = sorted(leaf.shape[-2:])
-        members[short, long].append(index)
-
-    results = list(leaves)
-    for (short, long), indices in members.items():
-        # Cast before stacking: the stack is a copy, and bfloat16 halves it.
-        parts = [_lay_down(leaves[i].astype(dtype)).reshape(-1, short, long) for i in indices]
-        stack = newton_schulz(jnp.concatenate(parts), steps=steps, dtype=dtype)
-        borders = list(accumulate(len(part) for part in parts))[:-1]
-        for i, part in zip(indices, jnp.split(stack, borders), strict=True):
-            leaf = leaves[i]
-            tall = leaf.shape[-2] > leaf.shape[-1]
-            # Scaled in the parameter's precision: the record's in-place add promotes the same way.
-            o = (part.mT if tall else part).reshape(leaf.shape).astype(leaf.dtype)
-            results[i] = math.sqrt(long / short) * o if tall else o
-    return jax.tree.unflatten(structure, results)
-
-
-def _lay_down(matrices: Array) -> Array:
-    """Transpose tall matrices."""
-    wide: Array = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    return wide
+__all__ = [
+    "adam",
+    "learning_rate_factor",
+    "momentum_schedule",
+    "muon",
+    "newton_schulz",
+    "parameter_labels",
+    "recipe_optimizer",
+    "shared_state",
+    "state_specs",
+    "whole_state",
+    "window_blocks",
+]
 
 
 def adam(
-    learning_rate: optax.ScalarOrSchedule, b1: float = 0.8, b2: float = 0.95, eps: float = 1e-10
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.8,
+    b2: float = 0.95,
+    eps: float = 1e-10,
+    *,
+    update_dtype: DTypeLike | None = None,
+    shards: Shards | None = None,
 ) -> optax.GradientTransformation:
     """Bias-corrected Adam that stores its moments in the parameter's dtype but computes in float32.
 
     On bfloat16 parameters `optax.adam` would do all its arithmetic in bfloat16. A
     fused Adam, which the record uses, rounds only what it writes back: the moments
     here, and the parameter in `optax.apply_updates`. So updates come out in float32.
+
+    Args:
+      update_dtype: in which the direction, before the learning rate multiplies it, travels between devices. It is
+        rounded to it on a single device too, so that results do not depend on the number of devices.
+      shards: each device updates its share of every leaf's rows: see the module.
     """
     inner = optax.scale_by_adam(b1, b2, eps)
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        state: optax.ScaleByAdamState = inner.init(params if shards is None else jax.tree.map(shards.pad, params))
+        return state
 
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
-        wide = state._replace(mu=_widen(state.mu), nu=_widen(state.nu))
-        scaled, new = inner.update(_widen(updates), wide, params)
+        gradient = updates
+        if shards is not None:
+            gradient = jax.tree.map(lambda rows: shards.reduce_mean(shards.pad(rows)), updates)
+        wide = state._replace(mu=widen(state.mu), nu=widen(state.nu))
+        direction, new = inner.update(widen(gradient), wide)
         stored = new._replace(
             mu=optax.tree.cast_like(new.mu, state.mu),
             nu=optax.tree.cast_like(new.nu, state.nu),
         )
-        return scaled, stored
+        if update_dtype is not None:
+            direction = jax.tree.map(lambda u: u.astype(update_dtype), direction)
+        if shards is not None:
+            direction = jax.tree.map(lambda u, like: shards.gather(u)[: len(like)], direction, updates)
+        return widen(direction), stored
 
-    return optax.chain(optax.GradientTransformation(inner.init, update), optax.scale_by_learning_rate(learning_rate))
-
-
-def _widen[Tree](tree: Tree) -> Tree:
-    """In float32, or wider if it was."""
-    widened: Tree = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
-    return widened
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
 def learning_rate_factor(
@@ -246,11 +132,13 @@ def parameter_labels(params: optax.Params) -> optax.Params:
     return jax.tree.map_with_path(label, params)
 
 
-def recipe_optimizer(rates: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def recipe_optimizer(rates: OptimizerConfig, steps: int, shards: Shards | None = None) -> optax.GradientTransformation:
     """Every parameter group with the record's optimiser and schedule, for a run of `steps` steps.
 
     The schedules count updates: update 0 is made with the values of step 0. The
-    groups are those of `parameter_labels`.
+    groups are those of `parameter_labels`. With `shards`, update takes each device's
+    own gradient, but for the scalars, whose mean over the devices it must get: that
+    is one small message which may carry the loss as well.
     """
 
     def cooled(peak: float) -> optax.Schedule:
@@ -259,13 +147,49 @@ def recipe_optimizer(rates: OptimizerConfig, steps: int) -> optax.GradientTransf
     def momentum(step: ArrayLike) -> Array:
         return momentum_schedule(step, rates.momentum_warmup_steps)
 
-    dtype = jnp.dtype(rates.newton_schulz_dtype)
+    dtype, update_dtype = jnp.dtype(rates.newton_schulz_dtype), jnp.dtype(rates.update_dtype)
     return optax.partition(
         {
-            "hidden": muon(cooled(rates.muon_learning_rate), momentum, dtype=dtype),
-            "head": adam(cooled(rates.head_learning_rate)),
-            "embeddings": adam(cooled(rates.embedding_learning_rate)),
+            "hidden": muon(cooled(rates.muon_learning_rate), momentum, dtype=dtype, shards=shards),
+            "head": adam(cooled(rates.head_learning_rate), update_dtype=update_dtype, shards=shards),
+            "embeddings": adam(cooled(rates.embedding_learning_rate), update_dtype=update_dtype, shards=shards),
             "scalars": adam(cooled(rates.scalar_learning_rate)),
         },
         parameter_labels,
     )
+
+
+def state_specs(state: optax.OptState, shards: Shards | None) -> optax.OptState:
+    """For each array of `recipe_optimizer`'s state (or its shape) the PartitionSpec.
+
+    Buckets and rows lie split over the devices; counts and the scalars' moments, which have fewer than 2 axes,
+    are everywhere.
+    """
+    split = PartitionSpec() if shards is None else PartitionSpec(shards.axis)
+    return jax.tree.map(lambda leaf: split if leaf.ndim >= 2 else PartitionSpec(), state)
+
+
+def whole_state(state: optax.OptState, like: optax.OptState, shards: Shards) -> optax.OptState:
+    """The state which the same transform has without shards; `like`: the shapes of that one."""
+
+    def whole(like: Any, state: Any) -> Any:
+        if isinstance(state, MuonState):
+            return state._replace(momentum=unpack(state.momentum, like.momentum, shards.devices))
+        return state[: like.shape[0]] if like.ndim else state
+
+    return jax.tree.map(whole, like, state, is_leaf=_is_muon)
+
+
+def shared_state(state: optax.OptState, shards: Shards) -> optax.OptState:
+    """The inverse of `whole_state`."""
+
+    def shared(state: Any) -> Any:
+        if isinstance(state, MuonState):
+            return state._replace(momentum=pack(state.momentum, shards.devices))
+        return shards.pad(state) if state.ndim >= 2 else state
+
+    return jax.tree.map(shared, state, is_leaf=_is_muon)
+
+
+def _is_muon(node: object) -> bool:
+    return isinstance(node, MuonState)

@@ -1,20 +1,19 @@
 """What a run will be, before anything is compiled: devices, batch layout, tokens, memory."""
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
+from .communication import parameter_shapes
 from .config import Config
-from .model import GPT
 
 FLOAT32, BFLOAT16 = 4, 2
 
 
 def describe(config: Config, mesh: Mesh) -> str:
-    """Several lines of text for `--dry-run`."""
+    """Several lines of text at the head of a run; `communication.describe_scaling` says more."""
     device = mesh.devices.flat[0]
     local = config.sequences // mesh.size
-    parameters, state_bytes = _state_bytes(config)
+    parameters, state_bytes = _state_bytes(config, mesh.size)
     activation_bytes = _activation_bytes(config)
     lines = [
         f"preset:     {config.preset}",
@@ -34,14 +33,16 @@ def describe(config: Config, mesh: Mesh) -> str:
     return "\n".join(lines)
 
 
-def _state_bytes(config: Config) -> tuple[int, int]:
-    """Number of parameters, and the bytes of parameters, float32 gradients and moments."""
-    params = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: GPT(config.model, nnx.Rngs(0)))))
+def _state_bytes(config: Config, devices: int) -> tuple[int, int]:
+    """Number of parameters, and the bytes of parameters, gradients and a device's share of the moments."""
+    params = jax.tree.leaves(parameter_shapes(config.model))
     count = sum(p.size for p in params)
     stored = sum(p.size * p.dtype.itemsize for p in params)
     hidden = config.model.matmul_parameters - config.model.padded_vocabulary * config.model.width
     moments = 2 * stored - hidden * FLOAT32  # Adam keeps two, Muon one
-    return count, stored + moments + count * FLOAT32
+    # Several sequences on a device are summed in float32; a single one leaves gradients as parameters are stored.
+    gradients = stored if config.sequences == devices else count * FLOAT32
+    return count, stored + moments // devices + gradients
 
 
 def _activation_bytes(config: Config) -> int:

@@ -1,14 +1,19 @@
 """The mesh, and where each array of a run lives on it.
 
-One axis, `data`: sequences are split over it, everything else is replicated.
+One axis, `data`: sequences are split over it, and so is the optimiser's state;
+parameters are on every device.
 """
 
 import contextlib
+import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .banks import round_up
 from .errors import UsageError
 
 DATA_AXIS = "data"
@@ -60,3 +65,46 @@ def split_sequences(mesh: Mesh) -> NamedSharding:
 def replicate(mesh: Mesh) -> NamedSharding:
     """For arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How an optimiser shares its work: over the `devices` of the mesh axis `axis`, along each array's first axis.
+
+    `reduce_mean` and `gather` are collectives, so they must run inside a `jax.shard_map` over `axis`.
+    """
+
+    axis: str
+    devices: int
+
+    def pad(self, rows: Array) -> Array:
+        """Zeros behind the rows, up to a multiple of the devices."""
+        missing = round_up(rows.shape[0], self.devices) - rows.shape[0]
+        return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))
+
+    def reduce_mean(self, rows: Array) -> Array:
+        """The mean over all devices of their `rows`: this device's share of it (a reduce-scatter)."""
+        share: Array = jax.lax.psum_scatter(rows, self.axis, scatter_dimension=0, tiled=True)
+        return share / self.devices
+
+    def gather(self, share: Array) -> Array:
+        """Every device's share, one behind the other (an all-gather)."""
+        rows: Array = jax.lax.all_gather(share, self.axis, tiled=True)
+        return rows
+
+
+def shards_of(mesh: Mesh) -> Shards | None:
+    """For the optimiser of a run on `mesh`; None on a single device, which has nothing to share."""
+    return Shards(DATA_AXIS, mesh.size) if mesh.size > 1 else None
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
+    """XLA's options for a step in which communication overlaps with computation, where the backend knows them."""
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+        return None
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Combined into one, the buckets of gradients would all wait for the last of them.
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+        "xla_gpu_all_gather_combine_threshold_bytes": 0,
+    }
