@@ -7,7 +7,7 @@ it belongs to the backward pass, whether it multiplies matrices.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(([^)]*)\)")
 _NAME = re.compile(r"%?([\w.\-]+)(?:,|$)")
 _CONTROL_FLOW = ("while", "conditional", "call")
+_WRAPPERS = ("fusion", "async-start", "async-done")
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -93,14 +94,15 @@ def instruction_parts(hlo: str) -> dict[str, Part]:
 
     def inside(instruction: _Instruction) -> Iterable[_Instruction]:
         yield instruction
-        if instruction.opcode == "fusion" and instruction.calls in computations:
+        if instruction.opcode in _WRAPPERS and instruction.calls in computations:
             # Backwards: the root, which is last, says best what a fusion without a name of its own is for.
             yield from reversed(computations[instruction.calls].values())
 
     def part(instruction: _Instruction) -> Part:
         members = list(inside(instruction))
         op_name = next((member.op_name for member in members if "jit(" in member.op_name), "")
-        return _part(instruction.opcode, op_name, any(member.matmul for member in members))
+        opcodes = " ".join(member.opcode for member in members)
+        return _part(opcodes, op_name, any(member.matmul for member in members))
 
     parts: dict[str, Part] = {}
     for instructions in computations.values():
@@ -114,9 +116,9 @@ def instruction_parts(hlo: str) -> dict[str, Part]:
     return {name: found_part for name, found_part in parts.items() if name not in control_flow}
 
 
-def _part(opcode: str, op_name: str, matmul: bool) -> Part:
+def _part(opcodes: str, op_name: str, matmul: bool) -> Part:
     scopes = set(re.findall(r"\w+", op_name))
-    if _COMMUNICATION.search(opcode):
+    if _COMMUNICATION.search(opcodes):
         return COMMUNICATION
     if not op_name:
         return UNKNOWN
@@ -150,10 +152,45 @@ def kernels(profile: Path, module: str) -> list[Kernel]:
     Raises:
       ValueError: there is no profile in the folder.
     """
+    totals: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    for launch in _launches(profile, module):
+        totals[launch.name, launch.instruction].append(launch.end_ns - launch.start_ns)
+    return [Kernel(name, instruction, len(times), sum(times) / 1e6) for (name, instruction), times in totals.items()]
+
+
+def exposed_communication(profile: Path, module: str, parts: dict[str, Part]) -> float:
+    """Milliseconds in which a device ran communication and no other kernel, summed over the devices.
+
+    Raises:
+      ValueError: there is no profile in the folder.
+    """
+    devices: dict[str, list[tuple[float, int, bool]]] = defaultdict(list)
+    for launch in _launches(profile, module):
+        communicates = parts.get(launch.instruction or "") is COMMUNICATION or launch.name.startswith("nccl")
+        devices[launch.device] += [(launch.start_ns, 1, communicates), (launch.end_ns, -1, communicates)]
+    exposed = 0.0
+    for borders in devices.values():
+        running, since = {True: 0, False: 0}, 0.0
+        for now, change, communicates in sorted(borders):
+            if running[True] and not running[False]:
+                exposed += now - since
+            running[communicates] += change
+            since = now
+    return exposed / 1e6
+
+
+class _Launch(NamedTuple):
+    device: str
+    name: str
+    instruction: str | None
+    start_ns: float
+    end_ns: float
+
+
+def _launches(profile: Path, module: str) -> Iterator[_Launch]:
     files = sorted(profile.glob("**/*.xplane.pb"))
     if not files:
         raise ValueError(f"{profile}: no *.xplane.pb in it")
-    totals: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     for plane in ProfileData.from_file(str(files[-1])).planes:
         on_gpu = plane.name.startswith("/device:GPU")
         if not (on_gpu or plane.name == "/host:CPU"):
@@ -166,8 +203,8 @@ def kernels(profile: Path, module: str) -> list[Kernel]:
                 statistics = dict(event.stats)
                 instruction, of_module = statistics.get("hlo_op"), statistics.get("hlo_module")
                 if of_module == module or (on_gpu and of_module is None):
-                    totals[event.name, instruction].append(event.duration_ns)
-    return [Kernel(name, instruction, len(times), sum(times) / 1e6) for (name, instruction), times in totals.items()]
+                    end = event.start_ns + event.duration_ns
+                    yield _Launch(plane.name, event.name, instruction, event.start_ns, end)
 
 
 def attribute(found: Iterable[Kernel], parts: dict[str, Part]) -> dict[Part, list[Kernel]]:

@@ -1,24 +1,31 @@
-"""The recipe in PyTorch, to compare with: the same model, names and numbers as jax_speedrun, one sequence a step.
+"""The recipe in PyTorch, to compare with: the same model, names and numbers as jax_speedrun.
 
-usage: python scripts/reference_torch.py --data DIR --out DIR [--steps N] [--seed N] [--compile | --no-compile]
+usage: python scripts/reference_torch.py --data DIR --out DIR [--steps N] [--seed N] [--sequences N] [--no-compile]
+       torchrun --nproc-per-node 8 scripts/reference_torch.py --sequences 8 --data DIR --out DIR
 
-Trains what `scripts/train.py --preset eighth` trains, on one GPU, as fast as PyTorch's own means allow:
-torch.compile, FlexAttention over block lists, an FP8 head, Muon batched over equal shapes, fused Adam. Needs
-PyTorch: pip install -e '.[torch]'. Read it beside model.py, block_mask.py, head_loss.py, optimizer.py and
-train.py. scripts/compare.py measures both. Names carry shapes: T tokens, D model width, H heads, K head width,
-C = H K, F MLP width, V vocabulary, N matrices.
+Trains what `scripts/train.py --preset eighth` trains on one GPU, or `--preset sub3min` on as many as torchrun
+starts processes, as fast as PyTorch's own means allow: torch.compile, FlexAttention over block lists, an FP8
+head, Muon batched over equal shapes and split over the GPUs, fused Adam. Needs PyTorch: pip install -e
+'.[torch]'. Read it beside model.py, block_mask.py, head_loss.py, optimizer.py and train.py. scripts/compare.py
+measures both. Names carry shapes: T tokens, D model width, H heads, K head width, C = H K, F MLP width,
+V vocabulary, N matrices or sequences.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
+    import torch.distributed as dist
     import torch.nn.functional as F  # noqa: N812
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -397,23 +404,41 @@ def _lay_down(matrices: Tensor) -> Tensor:
     return matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
 
 
-def muon_update(
-    parameters: list[Tensor], gradients: list[Tensor], buffer_NRC: Tensor, rate: Tensor, momentum: Tensor, dtype: str
-) -> None:
-    """One step, in place, for all matrices of a shape or its transpose."""
-    shape = buffer_NRC.shape[1:]
+def stack_gradients(gradients: list[Tensor], padded: int) -> Tensor:
+    """All matrices of a shape or its transpose as one stack, filled up with zeros to `padded` of them."""
+    shape = sorted(gradients[0].shape[-2:])
     gradient_NRC = torch.cat([_lay_down(g).reshape(-1, *shape) for g in gradients])
+    return F.pad(gradient_NRC, (0, 0, 0, 0, 0, padded - gradient_NRC.shape[0]))
+
+
+def orthogonal_momentum(gradient_NRC: Tensor, buffer_NRC: Tensor, momentum: Tensor, dtype: str) -> Tensor:
     buffer_NRC.lerp_(gradient_NRC, 1 - momentum)
-    o_NRC = newton_schulz(torch.lerp(gradient_NRC, buffer_NRC, momentum), getattr(torch, dtype)).float()
-    parts = o_NRC.split([p.numel() // shape.numel() for p in parameters])
+    return newton_schulz(torch.lerp(gradient_NRC, buffer_NRC, momentum), getattr(torch, dtype))
+
+
+def apply_update(parameters: list[Tensor], o_NRC: Tensor, rate: Tensor) -> None:
+    counts = [p.numel() // o_NRC[0].numel() for p in parameters]
+    parts = o_NRC[: sum(counts)].float().split(counts)
     for p, o in zip(parameters, parts, strict=True):
         tall = p.shape[-2] > p.shape[-1]
         scale = math.sqrt(max(1, p.shape[-2] / p.shape[-1]))
         p.sub_((rate * scale) * (o.mT if tall else o).reshape(p.shape))
 
 
+def muon_update(
+    parameters: list[Tensor], gradients: list[Tensor], buffer_NRC: Tensor, rate: Tensor, momentum: Tensor, dtype: str
+) -> None:
+    """One step, in place, of one process alone."""
+    gradient_NRC = stack_gradients(gradients, buffer_NRC.shape[0])
+    apply_update(parameters, orthogonal_momentum(gradient_NRC, buffer_NRC, momentum, dtype), rate)
+
+
 class Muon:
-    """Muon over stacks: Newton-Schulz runs once per distinct shape, tall matrices lying down beside the wide ones."""
+    """Muon over stacks: Newton-Schulz runs once per distinct shape, tall matrices lying down beside the wide ones.
+
+    With several processes each owns a share of every stack: gradients are averaged and scattered,
+    orthogonalised in shares, and the results gathered.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], dtype: str, *, compile: bool):
         members: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
@@ -421,18 +446,48 @@ class Muon:
             short, long = sorted(p.shape[-2:])
             members[short, long].append(p)
         self.dtype = dtype
-        self.update = torch.compile(muon_update, dynamic=False) if compile else muon_update
-        self.stacks = [
-            (group, group[0].new_zeros(sum(p.numel() for p in group) // (short * long), short, long))
-            for (short, long), group in members.items()
-        ]
+
+        def maybe_compiled(function: Any) -> Any:
+            return torch.compile(function, dynamic=False) if compile else function
+
+        self.update = maybe_compiled(muon_update)
+        self.stack, self.orthogonalise, self.apply = map(
+            maybe_compiled, (stack_gradients, orthogonal_momentum, apply_update)
+        )
+        self.stacks = []
+        for (short, long), group in members.items():
+            count = sum(p.numel() for p in group) // (short * long)
+            self.stacks.append((group, group[0].new_zeros(-(-count // processes()), short, long)))
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
         for group, buffer_NRC in self.stacks:
+            gradients = [p.grad for p in group]
             # Numbers that change every step go in as tensors, or each would be compiled in.
-            scalars = (_scalar(rate, buffer_NRC), _scalar(momentum, buffer_NRC))
-            self.update(group, [p.grad for p in group], buffer_NRC, *scalars, self.dtype)
+            rate_, momentum_ = _scalar(rate, buffer_NRC), _scalar(momentum, buffer_NRC)
+            if processes() == 1:
+                self.update(group, gradients, buffer_NRC, rate_, momentum_, self.dtype)
+                continue
+            gradient_NRC = self.stack(gradients, processes() * buffer_NRC.shape[0])
+            share_NRC = torch.empty_like(buffer_NRC)
+            dist.reduce_scatter_tensor(share_NRC, gradient_NRC)
+            o_NRC = self.orthogonalise(share_NRC / processes(), buffer_NRC, momentum_, self.dtype)
+            all_NRC = o_NRC.new_empty(gradient_NRC.shape)
+            dist.all_gather_into_tensor(all_NRC, o_NRC.contiguous())
+            self.apply(group, all_NRC, rate_)
+
+
+def processes() -> int:
+    """How many train together: one a GPU under torchrun, else this one alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(tensors: list[Tensor]) -> None:
+    """The mean over all processes, in place."""
+    if processes() > 1:
+        for handle in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            handle.wait()
+        torch._foreach_div_(tensors, processes())
 
 
 def learning_rate_factor(step: int, steps: int, cooldown_fraction: float = 0.4, final: float = 0.1) -> float:
@@ -479,6 +534,7 @@ class Training:
             group = tables if name.startswith(("embed", "value_embeds")) else hidden if p.ndim >= 2 else scalars
             group.append(p)
         self.muon = Muon(hidden, optimizer.newton_schulz_dtype, compile=compile)
+        self.adam_parameters = [self.model.head, *tables, *scalars]
         peaks = (
             ([self.model.head], optimizer.head_learning_rate),
             (tables, optimizer.embedding_learning_rate),
@@ -500,7 +556,8 @@ class Training:
         return loss.detach()
 
     def update(self, step: int) -> None:
-        """The optimisers, with the schedules' values at `step`. Gradients stay as they are."""
+        """The optimisers, with the schedules' values at `step`, on the gradients' mean over all processes."""
+        average([p.grad for p in self.adam_parameters])
         factor = learning_rate_factor(step, self.steps)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * factor
@@ -508,20 +565,29 @@ class Training:
         momentum = momentum_schedule(step, self.rates.momentum_warmup_steps)
         self.muon.step(self.rates.muon_learning_rate * factor, momentum)
 
-    def step(self, tokens_T: Tensor, targets_T: Tensor, step: int) -> Tensor:
-        """One training step; the loss before it, not waited for."""
-        loss = self.micro_step(tokens_T, targets_T, self.window(step))
+    def step(self, tokens_NT: Tensor, targets_NT: Tensor, step: int) -> Tensor:
+        """One training step on this process's sequences; the loss before it, over all, not waited for."""
+        sequences = list(zip(tokens_NT, targets_NT, strict=True))
+        loss = torch.stack([self.micro_step(*pair, self.window(step)) for pair in sequences]).mean()
+        if len(sequences) > 1:
+            torch._foreach_div_([p.grad for p in self.model.parameters()], len(sequences))
+        average([loss])
         self.update(step)
         self.model.zero_grad(set_to_none=True)
         return loss
 
     @torch.no_grad()
     def evaluate(self, tokens_NT: Tensor, targets_NT: Tensor, step: int) -> float:
+        """Mean loss of sequences that the processes share."""
         window = self._window_tensor(self.window(step))
         precision = self.config.evaluation_precision
-        sequences = zip(tokens_NT, targets_NT, strict=True)
-        losses = [self.loss(*pair, window, precision, self.head_chunks) for pair in sequences]
-        return torch.stack(losses).mean().item()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        share = zip(tokens_NT[rank :: processes()], targets_NT[rank :: processes()], strict=True)
+        total = torch.zeros((), device=self.device)
+        for pair in share:
+            total += self.loss(*pair, window, precision, self.head_chunks)
+        average([total])
+        return total.item() * processes() / len(tokens_NT)
 
 
 class PendingLoss:
@@ -541,9 +607,18 @@ class PendingLoss:
 
 
 def train(
-    training: Training, data: Path, out: Path, *, sequence_length: int, validation_tokens: int, every: int, seed: int
+    training: Training,
+    data: Path,
+    out: Path,
+    *,
+    sequences: int,
+    sequence_length: int,
+    epochs: int,
+    validation_tokens: int,
+    every: int,
+    seed: int,
 ) -> None:
-    """Train and write the run's folder: one sequence a step, validation every `every` steps and at the end."""
+    """Train and write the run's folder: `sequences` a step, validation every `every` steps and at the end."""
     # RunLog records JAX's devices as well; on the CPU it leaves the GPU's memory to PyTorch.
     import jax
 
@@ -552,28 +627,32 @@ def train(
     from jax_speedrun.runlog import RunLog, StepClock
 
     steps, device = training.steps, training.device
-    batches = TokenBatches(find_shards(data, "train"), 1, sequence_length)
+    rank, share = dist.get_rank() if dist.is_initialized() else 0, sequences // processes()
+    rows = range(rank * share, (rank + 1) * share)
+    batches = TokenBatches(find_shards(data, "train"), sequences, sequence_length, epochs=epochs, rows=rows)
     batches.require_steps(steps)
     held_out = validation_sequences(find_shards(data, "val"), sequence_length, validation_tokens)
     validation = tuple(torch.from_numpy(x).to(device) for x in held_out)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     config = {
-        "framework": f"torch {torch.__version__} on {name}",
+        "framework": f"torch {torch.__version__} on {processes()} x {name}",
         "model": dataclasses.asdict(training.config),
         "optimizer": dataclasses.asdict(training.rates),
         "steps": steps,
+        "sequences": sequences,
         "sequence_length": sequence_length,
         "seed": seed,
     }
 
     def place(batch: tuple) -> list[Tensor]:
-        rows = [torch.from_numpy(x[0]) for x in batch]
-        return [(x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in rows]
+        arrays = [torch.from_numpy(x) for x in batch]
+        return [(x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) for x in arrays]
 
     clock = StepClock()
     placed = prefetch(batches, place)
     pending: PendingLoss | None = None
-    with RunLog(out, steps=steps, tokens_per_step=sequence_length, config=config) as log:
+    open_log = functools.partial(RunLog, out, steps=steps, tokens_per_step=sequences * sequence_length, config=config)
+    with open_log() if rank == 0 else contextlib.nullcontext() as log:
 
         def report() -> None:
             nonlocal pending
@@ -584,6 +663,8 @@ def train(
             if not math.isfinite(loss):
                 sys.exit(f"reference_torch.py: error: the loss of step {step + 1}/{steps} is {loss}; stopped")
             ms = clock.tick()
+            if log is None:
+                return
             log.train_step(
                 step + 1,
                 loss=loss,
@@ -599,16 +680,18 @@ def train(
                 report()
                 clock.pause()
                 val_loss = training.evaluate(*validation, step)
-                log.validation(step, val_loss=val_loss, train_time_ms=clock.elapsed_ms, step_avg_ms=clock.step_avg_ms)
+                if log is not None:
+                    times = {"train_time_ms": clock.elapsed_ms, "step_avg_ms": clock.step_avg_ms}
+                    log.validation(step, val_loss=val_loss, **times)
             if step == steps:
                 break
             clock.resume()
-            _, (tokens_T, targets_T) = next(placed)
-            loss = training.step(tokens_T, targets_T, step)
+            _, (tokens_NT, targets_NT) = next(placed)
+            loss = training.step(tokens_NT, targets_NT, step)
             report()
             pending = PendingLoss(step, loss)
     placed.close()
-    if device.type == "cuda":
+    if device.type == "cuda" and rank == 0:
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB", flush=True)
 
 
@@ -620,6 +703,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1385, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights")
     parser.add_argument(
+        "--sequences", type=int, default=1, metavar="N", help="a step, over all processes; default: %(default)s"
+    )
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="through the data; default: %(default)s")
+    parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile (default), or eagerly"
     )
     options = parser.parse_args()
@@ -630,7 +717,12 @@ def main() -> int:
             raise UsageError(f"--steps must be at least 1, got {options.steps}")
         if not torch.cuda.is_available():
             raise UsageError("no NVIDIA GPU that PyTorch can use; compare.py --preset tiny runs on a CPU")
-        device = torch.device("cuda")
+        if "WORLD_SIZE" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl")
+        if options.sequences < 1 or options.sequences % processes():
+            raise UsageError(f"--sequences {options.sequences}: must be a multiple of the {processes()} process(es)")
+        device = torch.device("cuda", torch.cuda.current_device())
         model = ModelConfig()
         if not fp8_supported(device):
             print(f"{torch.cuda.get_device_name(device)} has no FP8: the head's matmuls run in bfloat16", flush=True)
@@ -642,7 +734,9 @@ def main() -> int:
             training,
             options.data,
             options.out,
+            sequences=options.sequences,
             sequence_length=65536,
+            epochs=options.epochs,
             validation_tokens=10_485_760,
             every=125,
             seed=options.seed,
@@ -650,6 +744,9 @@ def main() -> int:
     except UsageError as error:
         print(f"reference_torch.py: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -123,3 +123,36 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert sum(kernel["ms"] for kernel in saved["not attributed"]) == 0
     assert script.main(["--preset", "tiny", "--window", "99"]) == 2
     assert "window of 99" in capsys.readouterr().err
+
+
+def test_exposed_communication_is_what_runs_alone(monkeypatch):
+    launches = [
+        ("gpu 0", "matmul", "cublas-gemm.1", 0, 10),
+        ("gpu 0", "ncclDevKernel_AllReduce", None, 8, 15),  # 10 to 12 alone
+        ("gpu 0", "fusion", "loop_multiply_fusion", 12, 14),  # 14 to 15 alone
+        ("gpu 0", "another", "all-reduce.1", 20, 24),  # alone
+        ("gpu 0", "another", "all-reduce.1", 22, 26),  # and on for 2
+        ("gpu 1", "ncclDevKernel_AllReduce", None, 8, 15),
+        ("gpu 1", "matmul", "cublas-gemm.1", 0, 20),
+    ]
+    milliseconds = [profiling._Launch(*launch[:3], 1e6 * launch[3], 1e6 * launch[4]) for launch in launches]
+    monkeypatch.setattr(profiling, "_launches", lambda profile, module: milliseconds)
+    assert profiling.exposed_communication(None, "", instruction_parts(HLO)) == pytest.approx(2 + 1 + 6)
+
+
+def test_asynchronous_collectives_are_communication():
+    hlo = """HloModule jit_step
+
+%async_computation (p: f32[8]) -> f32[1] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[1]{0} reduce-scatter(%p), metadata={op_name="jit(step)/psum_scatter"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[1] {
+  %a = f32[8]{0} parameter(0)
+  %reduce-scatter-start = ((f32[8]{0}), f32[1]{0}) async-start(%a), calls=%async_computation
+  ROOT %reduce-scatter-done = f32[1]{0} async-done(%reduce-scatter-start)
+}
+"""
+    parts = instruction_parts(hlo)
+    assert parts["reduce-scatter-start"] is parts["reduce-scatter.1"] is profiling.COMMUNICATION

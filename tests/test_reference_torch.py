@@ -249,13 +249,56 @@ def test_fp8_head_stays_near_float32_and_chunks_change_nothing(reference):
 def test_training_steps_lower_the_loss_and_read_schedules(reference):
     made = training(reference)
     tokens, targets = (reference.torch.from_numpy(x) for x in some_tokens())
-    losses = [reference.PendingLoss(step, made.step(tokens, targets, step)).wait() for step in range(8)]
+    losses = [reference.PendingLoss(step, made.step(tokens[None], targets[None], step)).wait() for step in range(8)]
     assert losses[-1] < losses[0] - 0.5
     assert made.evaluate(tokens[None], targets[None], 8) < losses[0]
     assert [reference.window_blocks(step, 1385, 1728) for step in (0, 102, 103, 1384, 1385)] == [1, 1, 2, 14, 14]
     assert reference.learning_rate_factor(1385, 1385) == pytest.approx(0.1)
     assert reference.learning_rate_factor(831, 1385) == pytest.approx(1.0)
     assert reference.momentum_schedule(150, 300) == pytest.approx(0.9)
+
+
+PROCESS = """
+import os, sys
+import numpy as np
+from tests.scripts import load_script
+from tests.test_reference_torch import some_tokens, training
+
+reference = load_script("reference_torch")
+torch, dist = reference.torch, reference.dist
+rank, count = int(sys.argv[3]), int(sys.argv[4])
+if count > 1:
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=count)
+made = training(reference)
+share = 4 // reference.processes()
+losses = []
+for step in range(3):
+    pairs = [some_tokens(seed=4 * step + i) for i in range(rank * share, (rank + 1) * share)]
+    tokens, targets = (torch.from_numpy(np.stack(x)) for x in zip(*pairs))
+    losses.append(made.step(tokens, targets, step).item())
+tokens, targets = (torch.from_numpy(np.stack(x)) for x in zip(*[some_tokens(seed=i) for i in (20, 21, 22)]))
+losses.append(made.evaluate(tokens, targets, 3))
+if rank == 0:
+    arrays = {name: p.detach().float().numpy() for name, p in made.model.named_parameters()}
+    np.savez(sys.argv[1], losses=losses, **arrays)
+"""
+
+
+def test_several_processes_train_as_one_does(reference, tmp_path):
+    """Four sequences a step and stacks of matrices, done by one process and by four."""
+    results = {}
+    for count in (1, 4):
+        out, meeting = tmp_path / f"{count}.npz", tmp_path / f"meeting{count}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen([sys.executable, "-c", PROCESS, out, meeting, str(rank), str(count)], env=environment)
+            for rank in range(count)
+        ]
+        assert [process.wait(timeout=240) for process in started] == [0] * count
+        results[count] = dict(np.load(out))
+    for name, want in results[1].items():
+        # Of the whole array: where a gradient is nothing but rounding, Adam makes a step of the noise.
+        assert np.linalg.norm(results[4][name] - want) <= 1e-4 * np.linalg.norm(want), name
 
 
 def defaults(path, names):
@@ -274,6 +317,8 @@ def defaults(path, names):
 def test_numbers_are_those_of_the_jax_recipe():
     names = {"ModelConfig", "OptimizerConfig"}
     ours = defaults(ROOT / "jax_speedrun" / "config.py", names)
+    # How JAX rounds the updates that travel between devices; the reference's travel in another way.
+    del ours["OptimizerConfig"]["update_dtype"]
     assert defaults(SCRIPT, names) == ours
     assert ours.keys() == names
 
