@@ -16,6 +16,7 @@ from .kernels.attention import Implementation, resolve_implementation
 from .kernels.block_mask import BLOCK_SIZE
 from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
 from .kernels.paths import KernelPath
+from .kernels.qkv import fast_qkv_supported
 
 ComputeDtype = Literal["bfloat16", "float32"]
 Kernels = Literal["auto", "fast", "plain"]
@@ -174,22 +175,24 @@ def resolve(config: Config, device: jax.Device) -> Config:
         )
     except ValueError as error:
         raise UsageError(f"--attention {config.attention}: {error}") from error
-    kernels = config.kernels
-    if kernels != "plain":
-        supported = fast_head_supported(
-            device,
-            model.head_precision,
-            tokens=config.sequence_length,
-            vocabulary=model.padded_vocabulary,
-            width=model.width,
+    return dataclasses.replace(
+        config, model=model, attention=attention, kernels=_resolve_kernels(config, model, device)
+    )
+
+
+def _resolve_kernels(config: Config, model: ModelConfig, device: jax.Device) -> Kernels:
+    if config.kernels == "plain":
+        return "plain"
+    tokens, dtype = config.sequence_length, jnp.dtype(model.compute_dtype)
+    supported = fast_head_supported(
+        device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
+    ) and fast_qkv_supported(device, dtype, tokens=tokens, head_width=model.head_width)
+    if config.kernels == "fast" and not supported:
+        raise UsageError(
+            f"--kernels fast: needs an H100 or H200 and a preset in bfloat16 with an FP8 head, not {config.preset} on "
+            f"{device.device_kind}; use --kernels plain or auto"
         )
-        if kernels == "fast" and not supported:
-            raise UsageError(
-                f"--kernels fast: needs an H100 or H200 and a preset with an FP8 head, not {config.preset} on "
-                f"{device.device_kind}; use --kernels plain or auto"
-            )
-        kernels = "fast" if supported else "plain"
-    return dataclasses.replace(config, model=model, attention=attention, kernels=kernels)
+    return "fast" if supported else "plain"
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -20,32 +20,26 @@ from .kernels.block_mask import BlockMask, long_short_masks
 from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
 from .kernels.paths import KernelPath
+from .kernels.qkv import qkv_to_heads
+from .kernels.residual import inverse_rms, relu_squared
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
 ROTARY_BASE = 1024
 
 
-def norm(x: Array) -> Array:
-    """RMS norm over the last axis without weights, computed in float32."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + NORM_EPSILON)).astype(x.dtype)
+def norm(x_TD: Array) -> Array:
+    """RMS norm of every token without weights, computed in float32."""
+    return (x_TD.astype(jnp.float32) * inverse_rms(x_TD, NORM_EPSILON)[:, None]).astype(x_TD.dtype)
 
 
-def rotary_angles(tokens: int, head_width: int) -> Array:
-    """Half-truncated rotary angles (T, K / 2): the upper half of the frequencies is 0 (no rotation)."""
+def rotary(tokens: int, head_width: int) -> tuple[Array, Array]:
+    """cos and sin, each (T, K / 2), of half-truncated rotary angles: of the upper half the frequencies are 0."""
     rotated = head_width // 4
     frequencies = (1 / ROTARY_BASE) ** jnp.linspace(0, 1, rotated, dtype=jnp.float32)
     frequencies = jnp.concatenate([frequencies, jnp.zeros(rotated, jnp.float32)])
-    return jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies
-
-
-def rotate(x_THK: Array, angles: Array) -> Array:
-    """Rotate the pairs (first half, second half) of every head by `angles` (T, K / 2), in float32."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    first, second = jnp.split(x_THK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
-    return rotated.astype(x_THK.dtype)
+    angles_TR = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles_TR), jnp.sin(angles_TR)
 
 
 def mix(weights: Array, *values: Array) -> Array:
@@ -66,7 +60,7 @@ def uniform_matrix(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
 
 
 class Attention(nnx.Module):
-    """Merged QKV, normalised and rotated q and k, values mixed with the token's value embedding."""
+    """Merged QKV of norm(x), normalised and rotated q and k, values mixed with the token's value embedding."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -80,34 +74,36 @@ class Attention(nnx.Module):
         x_TD: Array,
         value_embedding_TC: Array | None,
         mask: BlockMask,
-        angles: Array,
-        implementation: Implementation,
+        cos_sin: tuple[Array, Array],
+        attention: Implementation,
+        kernels: KernelPath,
     ) -> Array:
-        qkv_TC = linear(x_TD, self.qkv_3DD[...].reshape(-1, x_TD.shape[-1]))
-        q_TC, k_TC, v_TC = jnp.split(qkv_TC, 3, axis=-1)
-        if value_embedding_TC is None:
-            v_TC = mix(self.lambdas[:1], v_TC)
-        else:
-            v_TC = mix(self.lambdas[...], v_TC, value_embedding_TC)
-        q_THK, k_THK, v_THK = (x.reshape(x.shape[0], self.heads, -1) for x in (q_TC, k_TC, v_TC))
-        q_THK, k_THK = rotate(norm(q_THK), angles), rotate(norm(k_THK), angles)
+        qkv_TM = linear(x_TD, self.qkv_3DD[...].reshape(-1, x_TD.shape[-1]))
+        q_THK, k_THK, v_THK = qkv_to_heads(
+            qkv_TM,
+            inverse_rms(x_TD, NORM_EPSILON),
+            value_embedding_TC,
+            self.lambdas[...],
+            *cos_sin,
+            heads=self.heads,
+            epsilon=NORM_EPSILON,
+            implementation=kernels,
+        )
         with jax.named_scope("attention"):
-            y_THK = block_sparse_attention(
-                q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=implementation
-            )
-        return linear(y_THK.reshape(v_TC.shape), self.out_DD[...])
+            y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=attention)
+        return linear(y_THK.reshape(y_THK.shape[0], -1), self.out_DD[...])
 
 
 class MLP(nnx.Module):
-    """D -> F, relu squared, F -> D."""
+    """norm(x), D -> F, relu squared, F -> D."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.fc_FD = nnx.Param(uniform_matrix(rngs, (config.mlp_width, config.width)))
         self.proj_DF = nnx.Param(jnp.zeros((config.width, config.mlp_width), jnp.float32))
 
     def __call__(self, x_TD: Array) -> Array:
-        hidden_TF = jax.nn.relu(linear(x_TD, self.fc_FD[...]))
-        return linear(hidden_TF * hidden_TF, self.proj_DF[...])
+        hidden_TF = relu_squared(linear(x_TD, self.fc_FD[...]), inverse_rms(x_TD, NORM_EPSILON))
+        return linear(hidden_TF, self.proj_DF[...])
 
 
 class Block(nnx.Module):
@@ -124,13 +120,14 @@ class Block(nnx.Module):
         x0_TD: Array,
         value_embedding_TC: Array | None,
         mask: BlockMask,
-        angles: Array,
-        implementation: Implementation,
+        cos_sin: tuple[Array, Array],
+        attention: Implementation,
+        kernels: KernelPath,
     ) -> Array:
         x_TD = mix(self.lambdas[...], x_TD, x0_TD)
         if self.attention is not None:
-            x_TD = x_TD + self.attention(norm(x_TD), value_embedding_TC, mask, angles, implementation)
-        return x_TD + self.mlp(norm(x_TD))
+            x_TD = x_TD + self.attention(x_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
+        return x_TD + self.mlp(x_TD)
 
 
 def model_graph(config: ModelConfig) -> nnx.GraphDef["GPT"]:
@@ -162,7 +159,7 @@ class GPT(nnx.Module):
         config = self.config
         with jax.named_scope("masks"):
             long_mask, short_mask = long_short_masks(tokens_T, window_blocks)
-        angles = rotary_angles(tokens_T.shape[0], config.head_width)
+        cos_sin = rotary(tokens_T.shape[0], config.head_width)
         with jax.named_scope("embedding"):
             order = sort_tokens(tokens_T, config.vocabulary) if kernels == "fast" else None
             values = [embed(table[...], tokens_T, order).astype(config.compute_dtype) for table in self.value_embeds]
@@ -177,7 +174,7 @@ class GPT(nnx.Module):
             table_index = config.value_embedding_of(layer)
             value_embedding_TC = None if table_index is None else values[table_index]
             mask = long_mask if layer in config.long_layers else short_mask
-            x_TD = block(x_TD, x0_TD, value_embedding_TC, mask, angles, attention)
+            x_TD = block(x_TD, x0_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
             if layer < half:
                 skips.append(x_TD)
         return norm(x_TD)
