@@ -162,7 +162,9 @@ def _orthogonalise(tree: optax.Updates, steps: ArrayLike, dtype: DTypeLike) -> o
     for (short, long), indices in members.items():
         # Cast before stacking: the stack is a copy, and bfloat16 halves it.
         parts = [lay_down(leaves[i].astype(dtype)).reshape(-1, short, long) for i in indices]
-        stack = newton_schulz(jnp.concatenate(parts), steps=steps, dtype=dtype)
+        # The norm and the first iterate both read the stack: XLA would gather it anew for each, from float32.
+        gathered = jax.lax.optimization_barrier(jnp.concatenate(parts))
+        stack = newton_schulz(gathered, steps=steps, dtype=dtype)
         borders = list(accumulate(len(part) for part in parts))[:-1]
         for i, part in zip(indices, jnp.split(stack, borders), strict=True):
             tall = leaves[i].shape[-2] > leaves[i].shape[-1]
