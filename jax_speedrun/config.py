@@ -15,6 +15,7 @@ from .errors import UsageError
 from .kernels.attention import Implementation, resolve_implementation
 from .kernels.block_mask import BLOCK_SIZE
 from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
+from .kernels.mlp import fast_mlp_supported
 from .kernels.paths import KernelPath
 from .kernels.qkv import fast_qkv_supported
 
@@ -184,9 +185,13 @@ def _resolve_kernels(config: Config, model: ModelConfig, device: jax.Device) -> 
     if config.kernels == "plain":
         return "plain"
     tokens, dtype = config.sequence_length, jnp.dtype(model.compute_dtype)
-    supported = fast_head_supported(
-        device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
-    ) and fast_qkv_supported(device, dtype, tokens=tokens, head_width=model.head_width)
+    supported = (
+        fast_head_supported(
+            device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
+        )
+        and fast_mlp_supported(device, dtype, tokens=tokens, width=model.width, hidden=model.mlp_width)
+        and fast_qkv_supported(device, dtype, tokens=tokens, head_width=model.head_width)
+    )
     if config.kernels == "fast" and not supported:
         raise UsageError(
             f"--kernels fast: needs an H100 or H200 and a preset in bfloat16 with an FP8 head, not {config.preset} on "

@@ -19,9 +19,10 @@ from .kernels.attention import Implementation, block_sparse_attention
 from .kernels.block_mask import BlockMask, long_short_masks
 from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
+from .kernels.mlp import mlp
 from .kernels.paths import KernelPath
 from .kernels.qkv import qkv_to_heads
-from .kernels.residual import inverse_rms, relu_squared
+from .kernels.residual import inverse_rms
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
@@ -101,9 +102,8 @@ class MLP(nnx.Module):
         self.fc_FD = nnx.Param(uniform_matrix(rngs, (config.mlp_width, config.width)))
         self.proj_DF = nnx.Param(jnp.zeros((config.width, config.mlp_width), jnp.float32))
 
-    def __call__(self, x_TD: Array) -> Array:
-        hidden_TF = relu_squared(linear(x_TD, self.fc_FD[...]), inverse_rms(x_TD, NORM_EPSILON))
-        return linear(hidden_TF, self.proj_DF[...])
+    def __call__(self, x_TD: Array, kernels: KernelPath) -> Array:
+        return mlp(x_TD, inverse_rms(x_TD, NORM_EPSILON), self.fc_FD[...], self.proj_DF[...], kernels)
 
 
 class Block(nnx.Module):
@@ -127,7 +127,7 @@ class Block(nnx.Module):
         x_TD = mix(self.lambdas[...], x_TD, x0_TD)
         if self.attention is not None:
             x_TD = x_TD + self.attention(x_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
-        return x_TD + self.mlp(x_TD)
+        return x_TD + self.mlp(x_TD, kernels)
 
 
 def model_graph(config: ModelConfig) -> nnx.GraphDef["GPT"]:

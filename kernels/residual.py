@@ -21,9 +21,3 @@ def inverse_rms(x_TD: Array, epsilon: float) -> Array:
     """1 / sqrt(mean of a token's squares + `epsilon`), (T,) float32."""
     wide_TD = x_TD.astype(jnp.float32)
     return lax.rsqrt(jnp.mean(wide_TD * wide_TD, axis=-1) + epsilon)
-
-
-def relu_squared(z_TF: Array, scale_T: Array) -> Array:
-    """relu(`scale_T` z)^2 in the dtype of z, computed in float32: what an MLP makes of x W^T with the norm's scale."""
-    root_TF = jnp.maximum(z_TF.astype(jnp.float32), 0) * scale_T[:, None]
-    return (root_TF * root_TF).astype(z_TF.dtype)

@@ -23,10 +23,11 @@ import numpy as np
 from jax import Array
 
 from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels.mlp import relu_squared
 from jax_speedrun.kernels.paths import KernelPath
 from jax_speedrun.kernels.qkv import qkv_to_heads
 from jax_speedrun.kernels.qkv_hopper import unsupported_shape
-from jax_speedrun.kernels.residual import inverse_rms, relu_squared
+from jax_speedrun.kernels.residual import inverse_rms
 
 INTERPRET = jax.default_backend() != "gpu"
 CALLS, LOOPS = (1, 1) if INTERPRET else (20, 7)  # a time is the median of LOOPS loops of CALLS calls

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_speedrun.kernels.residual import inverse_rms, relu_squared
+from jax_speedrun.kernels.mlp import relu_squared
+from jax_speedrun.kernels.residual import inverse_rms
 from tests.scripts import load_script
 
 T, D, F, EPSILON = 48, 32, 80, 2.0**-23

@@ -1,0 +1,140 @@
+"""The MLP of a block: a norm as a factor of each token, D -> F, relu squared, F -> D.
+
+As in residual.py the norm before the product is applied after it: relu(norm(x) W^T) = relu(s x W^T), s = 1 / rms(x).
+
+In plain JAX, XLA multiplies by cuBLAS and passes over the (T, F) arrays between products: forward it reads z = x W^T to
+write r2 = relu(s z)^2, backward it reads z and the gradient of r2 to write that of z. The fast path does both in the
+kernels that multiply, and never writes z:
+
+    forward     r2 = relu(s x W^T)^2            kernel        y = r2 P^T                  cuBLAS
+    backward    dz = (dy P) 2 s sqrt(r2)        kernel        dx = dz W, dW = dz^T x, dP = dy^T r2
+                ds = (2 / s) sum_D dy y         y grows with the square of s
+
+The slope of relu(h)^2 is 2 relu(h), and relu(h) = sqrt(r2): a root halves relative errors, so of the 2^-8 that rounding
+r2 to bfloat16 may cost, 2^-9 is left, half of what rounding h would. (Below 1e-19 relu(h) vanishes with its square.)
+
+Source: NanoGPT speedrun record of 16 January 2025; relu squared from So et al. 2021, arXiv:2109.08668. The kernels are
+our own.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from .paths import KernelPath, on_hopper
+
+
+def mlp(
+    x_TD: Array,
+    scale_T: Array,
+    fc_FD: Array,
+    proj_DF: Array,
+    implementation: KernelPath = "plain",
+    *,
+    interpret: bool = False,
+) -> Array:
+    """relu(s x W^T)^2 P^T, (T, D) in x's dtype, in which everything is multiplied.
+
+    Args:
+      x_TD: tokens.
+      scale_T: s, float32 and positive: a factor of each token, such as `residual.inverse_rms`.
+      fc_FD, proj_DF: W and P, stored (out, in); their gradients have their dtypes.
+      implementation: `fast` is for bfloat16, T a multiple of 128, D of 64 and F of 256.
+      interpret: run the kernels in Pallas' interpreter (any device, slow; for tests). It needs a CPU thread for each of
+        six warpgroups: set `jax_num_cpu_devices` to 8 on a small machine.
+
+    Returns:
+      Differentiable in all arrays. Inside `shard_map`, switch off `check_vma` for `fast`: Pallas' GPU kernels do not
+      carry it.
+
+    Raises:
+      ValueError: for shapes that do not fit together, or if `fast` does not support the dtype or a size.
+    """
+    _check(x_TD, scale_T, fc_FD, proj_DF)
+    if implementation == "plain":
+        return _linear(relu_squared(_linear(x_TD, fc_FD), scale_T), proj_DF)
+    reason = _not_fast(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape))
+    if reason is not None:
+        raise ValueError(f"the fast mlp needs {reason}; use implementation='plain'")
+    return _fast(x_TD, scale_T, fc_FD, proj_DF, interpret)
+
+
+def relu_squared(z_TF: Array, scale_T: Array) -> Array:
+    """relu(s z)^2 in the dtype of z, computed in float32."""
+    root_TF = jnp.maximum(z_TF.astype(jnp.float32), 0) * scale_T[:, None]
+    return (root_TF * root_TF).astype(z_TF.dtype)
+
+
+def fast_mlp_supported(device: jax.Device, dtype: DTypeLike, *, tokens: int, width: int, hidden: int) -> bool:
+    """Whether `mlp` takes `implementation="fast"` on `device` for x of `dtype` and these sizes."""
+    return on_hopper(device) and _not_fast(dtype, tokens, width, hidden) is None
+
+
+def _linear(x: Array, weight: Array) -> Array:
+    return lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fast(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, interpret: bool) -> Array:
+    return _fast_forward(x_TD, scale_T, fc_FD, proj_DF, interpret)[0]
+
+
+class Saved(NamedTuple):
+    x_TD: Array
+    scale_T: Array
+    fc_FD: Array
+    proj_DF: Array
+    r2_TF: Array
+    y_TD: Array
+
+
+def _fast_forward(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, interpret: bool) -> tuple[Array, Saved]:
+    # Imported when used: Pallas' GPU backend is not part of every jaxlib.
+    from .mlp_hopper import relu_squared_product
+
+    r2_TF = relu_squared_product(x_TD, fc_FD.astype(x_TD.dtype), scale_T, interpret=interpret)
+    y_TD = _linear(r2_TF, proj_DF)
+    return y_TD, Saved(x_TD, scale_T, fc_FD, proj_DF, r2_TF, y_TD)
+
+
+def _fast_backward(interpret: bool, saved: Saved, dy_TD: Array) -> tuple[Array, Array, Array, Array]:
+    from .mlp_hopper import slope_product
+
+    x_TD, scale_T, fc_FD, proj_DF, r2_TF, y_TD = saved
+    dz_TF = slope_product(dy_TD, proj_DF.astype(dy_TD.dtype).T, scale_T, r2_TF, interpret=interpret)
+    dx_TD = lax.dot_general(dz_TF, fc_FD.astype(dz_TF.dtype), (((1,), (0,)), ((), ())))
+    d_scale_T = 2 / scale_T * jnp.sum(dy_TD.astype(jnp.float32) * y_TD.astype(jnp.float32), axis=1)
+    return dx_TD, d_scale_T, _over_tokens(dz_TF, x_TD, fc_FD.dtype), _over_tokens(dy_TD, r2_TF, proj_DF.dtype)
+
+
+_fast.defvjp(_fast_forward, _fast_backward)
+
+
+def _over_tokens(a_TM: Array, b_TN: Array, dtype: DTypeLike) -> Array:
+    """a^T b, rounded once, to `dtype`."""
+    return lax.dot_general(a_TM, b_TN, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def _not_fast(dtype: DTypeLike, tokens: int, width: int, hidden: int) -> str | None:
+    """What keeps the fast path from these inputs, if anything does."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"bfloat16, got {jnp.dtype(dtype)}"
+    from .mlp_hopper import unsupported_shape
+
+    return unsupported_shape(tokens, width, hidden)
+
+
+def _check(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array) -> None:
+    if x_TD.ndim != 2 or fc_FD.ndim != 2 or fc_FD.shape[1] != x_TD.shape[1] or proj_DF.shape != fc_FD.shape[::-1]:
+        raise ValueError(
+            f"mlp needs x (T, D), fc (F, D) and proj (D, F), got {x_TD.shape}, {fc_FD.shape} and {proj_DF.shape}; "
+            "for more sequences, vmap the plain one or join their tokens"
+        )
+    if scale_T.shape != x_TD.shape[:1] or scale_T.dtype != jnp.float32:
+        raise ValueError(
+            f"scale must be {x_TD.shape[:1]} float32 for x {x_TD.shape}, got {scale_T.shape} {scale_T.dtype}"
+        )
