@@ -1,5 +1,5 @@
 # make train: train the tiny preset, or the record's recipe where there is a GPU and FineWeb data.
-# make test:  formatting, types, tests.
+# make test:  formatting, types, tests; those of minutes each, marked slow, are left to .ci/run.
 # Each sets up .venv on first use, with any Python 3.12 or newer it can find.
 
 VENV := .venv
@@ -15,7 +15,7 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
 clean:
 	rm -rf $(VENV)

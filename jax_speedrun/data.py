@@ -1,12 +1,7 @@
-"""Token shards: read and check them, cut them into batches, keep a position that can be saved.
-
-A shard is 256 little-endian int32 of header (magic, version, number of tokens, zeros), then that many
-little-endian uint16 GPT-2 token ids. This is the format of the record's FineWeb files.
-"""
+"""Token shards cut into batches, with a position that can be saved."""
 
 import bisect
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
+from .shard_file import END_OF_TEXT, MAX_SHARD_TOKENS, Shard, Tokens, read_shard, write_shard
+
+__all__ = [
+    "END_OF_TEXT",
+    "MAX_SHARD_TOKENS",
+    "TINY_DATA",
+    "Batch",
+    "TokenBatches",
+    "Tokens",
+    "find_shards",
+    "prefetch",
+    "read_shard",
+    "validation_count",
+    "validation_sequences",
+    "write_shard",
+]
 
 TINY_DATA = Path(__file__).parent / "tiny"
 """The public-domain shards in the package."""
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-END_OF_TEXT = 50256  # starts every document, and is the largest id there is
-MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 SEQUENCE_MULTIPLE = 128  # tokens in an attention block
-SCAN_TOKENS = 1 << 22  # bounds the memory touched while checking ids
-
-type Tokens = np.ndarray[tuple[int, ...], np.dtype[np.uint16]]
 type Rows = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 type Batch = tuple[Rows, Rows]
 
@@ -50,61 +52,6 @@ def find_shards(directory: Path, split: str) -> list[Path]:
     raise UsageError(f"--data {directory}: no *_{split}_*.bin in it; scripts/prepare_data.py makes shards")
 
 
-def read_shard(path: Path) -> Tokens:
-    """Memory-maps a shard's tokens, every id checked.
-
-    Raises:
-        UsageError: not a shard, a damaged one, or one of another tokenizer; the message names the file.
-    """
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); --data needs .bin shards") from error
-    if header.size < HEADER_INTS:
-        raise UsageError(f"{path}: {size} bytes, too short for the header of a shard; get the file again")
-    magic, version, count = (int(value) for value in header[:3])
-    if magic != MAGIC:
-        raise UsageError(f"{path}: magic number {magic}, not {MAGIC}: no token shard; make it with prepare_data.py")
-    if version != VERSION:
-        raise UsageError(f"{path}: shard version {version}, only {VERSION} is known; make it with prepare_data.py")
-    if count == 0:
-        raise UsageError(f"{path}: an empty shard (0 tokens); delete it or make it again")
-    if size != HEADER_BYTES + 2 * count:
-        held = (size - HEADER_BYTES) / 2
-        raise UsageError(f"{path}: the header says {count} tokens, the file holds {held:.12g}; get the file again")
-    tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)).view(np.ndarray)
-    for start in range(0, count, SCAN_TOKENS):
-        chunk = tokens[start : start + SCAN_TOKENS]
-        if int(chunk.max()) > END_OF_TEXT:
-            where = start + int(np.argmax(chunk > END_OF_TEXT))
-            raise UsageError(f"{path}: id {tokens[where]} at token {where}, GPT-2 ends at {END_OF_TEXT}; make it again")
-    return tokens
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes 1 to 2^31 - 1 token ids as a shard, whole or not at all.
-
-    Raises:
-        ValueError: no token, too many, or an id outside 0 .. 50256.
-    """
-    if not 0 < tokens.size <= MAX_SHARD_TOKENS:
-        raise ValueError(f"a shard holds 1 to {MAX_SHARD_TOKENS} tokens, not {tokens.size}")
-    if int(tokens.min()) < 0 or int(tokens.max()) > END_OF_TEXT:
-        raise ValueError(f"token ids must lie in 0 .. {END_OF_TEXT}")
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # Not ndarray.tofile: an interrupt inside of it comes out as a TypeError.
-            file.write(header)
-            file.write(np.ascontiguousarray(tokens, "<u2"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class TokenBatches(Iterator[Batch]):
     """Batches of N consecutive sequences of T tokens: shards in order, no shuffle, each batch once an epoch.
 
@@ -116,7 +63,8 @@ class TokenBatches(Iterator[Batch]):
         sequences: N, of the whole batch.
         sequence_length: T, a multiple of 128.
         epochs: passes over the shards.
-        rows: which of the N sequences this process reads; the others are never touched.
+        rows: which of the N sequences this process reads (default: all); the others are never touched.
+        check: of which shards to look at every id now (default: of all); all get the other checks.
 
     Yields:
         tokens_NT, targets_NT: int32, with as many rows as `rows` picks.
@@ -132,22 +80,23 @@ class TokenBatches(Iterator[Batch]):
         sequence_length: int,
         *,
         epochs: int = 1,
-        rows: slice = slice(None),
+        rows: Sequence[int] | None = None,
+        check: slice = slice(None),
     ) -> None:
         _check_sequence_length(sequence_length)
         if sequences < 1:
             raise UsageError(f"{sequences} sequences a batch: at least 1 is needed")
         if epochs < 1:
             raise UsageError(f"--epochs {epochs}: at least 1 is needed")
-        first, last, stride = rows.indices(sequences)
-        if stride != 1 or first >= last:
-            raise ValueError(f"rows {rows} of {sequences} sequences: must be one contiguous, non-empty range")
-        self._start, self._stop = first * sequence_length, last * sequence_length
+        self._rows = list(range(sequences) if rows is None else rows)
+        if not self._rows or not 0 <= min(self._rows) <= max(self._rows) < sequences:
+            raise ValueError(f"rows {self._rows} of {sequences} sequences: must be some of them")
         self._sequence_length = sequence_length
         self._batch_tokens = sequences * sequence_length
-        self._shards = [read_shard(path) for path in shards]
+        checked = set(range(len(shards))[check])
+        self._shards = [Shard(path, check_ids=index in checked) for index, path in enumerate(shards)]
         # _ends[i]: the batches of an epoch that are over when shard i is.
-        self._ends = list(itertools.accumulate((tokens.size - 1) // self._batch_tokens for tokens in self._shards))
+        self._ends = list(itertools.accumulate((shard.tokens - 1) // self._batch_tokens for shard in self._shards))
         self._epochs = epochs
         if self.steps == 0:
             self.require_steps(1)
@@ -162,7 +111,7 @@ class TokenBatches(Iterator[Batch]):
         """Raises UsageError if there are fewer than `steps` batches, counted from the very first."""
         if steps <= self.steps:
             return
-        needed, held = steps * self._batch_tokens, sum(tokens.size for tokens in self._shards)
+        needed, held = steps * self._batch_tokens, sum(shard.tokens for shard in self._shards)
         ways = ["more shards in --data"]
         if self.steps:
             ways = [f"--steps {self.steps}", f"--epochs {-(-steps // self._ends[-1])}", *ways]
@@ -176,7 +125,7 @@ class TokenBatches(Iterator[Batch]):
         epoch, batch = divmod(self._step, self._ends[-1])
         shard = bisect.bisect_right(self._ends, batch)
         offset = (batch - self._first_batch(shard)) * self._batch_tokens
-        return {"epoch": epoch, "shard": shard, "offset": offset, "shard_tokens": self._shards[shard].size}
+        return {"epoch": epoch, "shard": shard, "offset": offset, "shard_tokens": self._shards[shard].tokens}
 
     def seek(self, position: dict[str, int]) -> None:
         """Continues where `position()` was taken, bit for bit, for any `rows`.
@@ -187,7 +136,7 @@ class TokenBatches(Iterator[Batch]):
         epoch, shard, offset, shard_tokens = (
             position.get(key, -1) for key in ("epoch", "shard", "offset", "shard_tokens")
         )
-        if not (0 <= shard < len(self._shards) and self._shards[shard].size == shard_tokens):
+        if not (0 <= shard < len(self._shards) and self._shards[shard].tokens == shard_tokens):
             raise UsageError(f"--resume: its data position {position} is not in these shards; give --data as before")
         batch, rest = divmod(offset, self._batch_tokens)
         step = epoch * self._ends[-1] + self._first_batch(shard) + batch
@@ -203,33 +152,46 @@ class TokenBatches(Iterator[Batch]):
         if self._step >= self.steps:
             raise StopIteration
         position = self.position()
-        offset = position["offset"]
-        tokens = self._shards[position["shard"]][offset + self._start : offset + self._stop + 1]
+        starts = [position["offset"] + row * self._sequence_length for row in self._rows]
+        tokens = self._shards[position["shard"]].read(starts, self._sequence_length + 1)
         self._step += 1
-        return _inputs_and_targets(tokens, self._sequence_length)
+        return _inputs_and_targets(tokens)
 
     def _first_batch(self, shard: int) -> int:
         return self._ends[shard - 1] if shard else 0
 
 
-def validation_sequences(shards: Sequence[Path], sequence_length: int, max_tokens: int) -> Batch:
-    """The first sequences of the first shard, at most `max_tokens` tokens, as many as fit whole.
-
-    Returns:
-        tokens_NT, targets_NT: int32.
+def validation_count(shards: Sequence[Path], sequence_length: int, max_tokens: int) -> int:
+    """How many whole sequences of the first shard are validated on, for at most `max_tokens` tokens.
 
     Raises:
         UsageError: a bad shard, a T that is not a positive multiple of 128, or not one sequence fits.
     """
     _check_sequence_length(sequence_length)
-    tokens = read_shard(shards[0])
-    count = min(max_tokens, tokens.size - 1) // sequence_length
+    tokens = Shard(shards[0], check_ids=False).tokens
+    count = min(max_tokens, tokens - 1) // sequence_length
     if count < 1:
         raise UsageError(
-            f"{shards[0]}: validating on at most {max_tokens:,} of its {tokens.size:,} tokens leaves no whole sequence"
+            f"{shards[0]}: validating on at most {max_tokens:,} of its {tokens:,} tokens leaves no whole sequence"
             f" of {sequence_length:,} + 1; give a larger validation shard in --data or a preset with shorter sequences"
         )
-    return _inputs_and_targets(tokens[: count * sequence_length + 1], sequence_length)
+    return count
+
+
+def validation_sequences(
+    shards: Sequence[Path], sequence_length: int, max_tokens: int, rows: Sequence[int] | None = None
+) -> Batch:
+    """The first sequences of the first shard, those of `validation_count`, or only the `rows` among them.
+
+    Returns:
+        tokens_NT, targets_NT: int32.
+
+    Raises:
+        UsageError: as `validation_count`.
+    """
+    count = validation_count(shards, sequence_length, max_tokens)
+    starts = [row * sequence_length for row in (range(count) if rows is None else rows)]
+    return _inputs_and_targets(Shard(shards[0], check_ids=False).read(starts, sequence_length + 1))
 
 
 def prefetch[Placed](
@@ -264,9 +226,9 @@ def prefetch[Placed](
         pool.shutdown(cancel_futures=True)
 
 
-def _inputs_and_targets(tokens: Tokens, sequence_length: int) -> Batch:
-    window = tokens.astype(np.int32)
-    return window[:-1].reshape(-1, sequence_length), window[1:].reshape(-1, sequence_length)
+def _inputs_and_targets(tokens: Tokens) -> Batch:
+    """Targets are the inputs shifted by one: a row of T + 1 tokens gives T of each."""
+    return tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
 
 
 def _check_sequence_length(sequence_length: int) -> None:

@@ -1,11 +1,13 @@
 """A run's folder (log.txt, metrics.jsonl, config.json, loss.png), and the clock as the record's rules have it."""
 
+import contextlib
+import gc
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self, TypedDict
 
@@ -90,6 +92,7 @@ class RunLog:
     * `loss.png`: drawn again at each validation.
 
     Every line is flushed at once. A step's number is how many are done: 1 after the first.
+    What cannot be written any more, such as on a full disk, raises UsageError.
 
     Args:
       directory: the folder, made if missing.
@@ -116,7 +119,8 @@ class RunLog:
     ) -> None:
         self._directory, self._steps, self._tokens_per_step = directory, steps, tokens_per_step
         log, metrics, description = (directory / name for name in ("log.txt", "metrics.jsonl", "config.json"))
-        if resume_step is None and any(os.path.lexists(path) for path in (log, metrics, description)):
+        of_a_run = (log, metrics, description, directory / "checkpoints")
+        if resume_step is None and any(os.path.lexists(path) for path in of_a_run):
             raise UsageError(f"--out {directory}: holds a run already; name another folder, or --resume {directory}")
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -193,14 +197,19 @@ class RunLog:
         self._write_metrics(step, val_loss=val_loss)
         self._val_losses[step] = val_loss
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        draw_losses(self._directory / "loss.png", self._losses, self._val_losses)
+        with self._writing("loss.png") as path:
+            draw_losses(path, self._losses, self._val_losses)
+        # A figure is a web of cycles: left alone, those of some thirty validations wait for Python's collector.
+        gc.collect()
 
     def close(self) -> None:
         # Stopping what was never started prints an empty line.
         if self._progress.console.is_interactive:
             self._progress.stop()
-        self._log.close()
-        self._metrics.close()
+        for file in (self._log, self._metrics):
+            # Every line was flushed, or its failure told; closing would tell it again.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -209,8 +218,9 @@ class RunLog:
         self.close()
 
     def _write_log(self, line: str) -> None:
-        self._log.write(line.encode() + b"\n")
-        self._log.flush()
+        with self._writing("log.txt"):
+            self._log.write(line.encode() + b"\n")
+            self._log.flush()
 
     def _write_metrics(self, step: int, **values: float | None) -> None:
         if self._record.get("step") == step:
@@ -222,9 +232,20 @@ class RunLog:
             self._record = {"step": step, **dict.fromkeys(names)}
         # JSON has no nan.
         self._record |= {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self._metrics.write(json.dumps(self._record, allow_nan=False).encode() + b"\n")
-        self._metrics.truncate()
-        self._metrics.flush()
+        with self._writing("metrics.jsonl"):
+            self._metrics.write(json.dumps(self._record, allow_nan=False).encode() + b"\n")
+            self._metrics.truncate()
+            self._metrics.flush()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        path = self._directory / name
+        try:
+            yield path
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be written ({error.strerror or error}); make room and --resume {self._directory}"
+            ) from error
 
 
 def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int, float]) -> None:

@@ -32,8 +32,8 @@ Barriers (s a slot of the ring; every count is per use, and no use begins before
     a warpgroup  ready[0] mul | ready[1] mul, free[0]! | ready[2] mul, free[1]! | ..               (! signals)
 
 Nobody waits in a circle: warpgroups wait for the producer alone, and a slot is freed when the next step has been
-issued, which takes 2 stages. Last, a producer waits for all slots, and thereby for every arrival of its cluster: no program
-ends while another writes to it or signals it.
+issued, which takes 2 stages. Last, a producer waits for all slots, and thereby for every arrival of its cluster: no
+program ends while another writes to it or signals it.
 """
 
 import functools

@@ -60,7 +60,7 @@ def main() -> None:
     blocks = parse_blocks(options.blocks, config.sequence_length // BLOCK_SIZE)
 
     shards = find_shards(options.data, "train")
-    batches = TokenBatches(shards, config.sequences, config.sequence_length, rows=slice(0, 1))
+    batches = TokenBatches(shards, config.sequences, config.sequence_length, rows=[0])
     # A run that is longer than its data reads the same batches again.
     batch = step % batches.steps
     tokens_NT, _ = next(itertools.islice(batches, batch, None))

@@ -7,14 +7,17 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from jax_speedrun import checkpoint
-from jax_speedrun.config import PRESETS, Config, from_dict, recipe_differences, resolve
+from jax_speedrun import checkpoint, distributed
+from jax_speedrun.communication import describe_scaling
+from jax_speedrun.compilation_cache import keep_compiled_programs
+from jax_speedrun.config import PRESETS, Config, Kernels, from_dict, recipe_differences, resolve
 from jax_speedrun.data import TINY_DATA, find_shards
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.attention import Implementation
+from jax_speedrun.loop import DivergedError
 from jax_speedrun.plan import describe
 from jax_speedrun.sharding import make_mesh, start_devices
-from jax_speedrun.train import DivergedError, train
+from jax_speedrun.train import train
 
 FINEWEB_DATA = Path("data/fineweb10B")
 
@@ -33,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         "--mesh",
         type=int,
         metavar="N",
-        help="devices (default: all that share the batch evenly); on a machine without a GPU, N virtual CPU devices",
+        help="devices, over all processes (default: all that share the batch evenly); on a machine without a GPU, N "
+        "virtual CPU devices",
     )
     run.add_argument(
         "--data",
@@ -47,10 +51,20 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=Path, metavar="DIR", help="go on from the last checkpoint of the run in DIR, with its recipe"
     )
     run.add_argument(
+        "--resume-step", type=int, metavar="N", help="with --resume: from the checkpoint of step N, not the last one"
+    )
+    run.add_argument(
         "--dry-run",
         action="store_true",
-        help="print devices, batch layout, tokens and a memory estimate; compile and write nothing",
+        help="print devices, batch layout, tokens, a memory estimate, what the devices send each other and a predicted "
+        "time; compile and write nothing",
     )
+    several = p.add_argument_group(
+        "several processes", "started with the same arguments each; Slurm and Open MPI need none of these"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a port free there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which of them this is, 0 to N - 1")
     change = p.add_argument_group("changes to the preset")
     change.add_argument("--steps", type=int, metavar="N")
     change.add_argument("--seed", type=int, metavar="N", help="of the initial weights")
@@ -66,42 +80,68 @@ def parser() -> argparse.ArgumentParser:
         choices=get_args(Implementation),
         help="attention implementation; auto (default) picks the fastest that runs here",
     )
+    change.add_argument(
+        "--kernels",
+        choices=get_args(Kernels),
+        help="for everything but attention: kernels for H100 and H200 (fast), or JAX alone (plain); auto (default) "
+        "picks fast where it runs",
+    )
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
+        distributed.start(args.coordinator, args.processes, args.process_id, args.mesh)
+        if not args.dry_run:
+            keep_compiled_programs()
         _run(args)
-    except UsageError as error:
+    except (UsageError, DivergedError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except DivergedError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
+        code = 2 if isinstance(error, UsageError) else 1
+        if distributed.fails_alone(error):
+            distributed.end_alone(code)
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        if not distributed.fails_alone(error):
+            raise
+        print(f"train.py: error: {distributed.describe_failure(error)}", file=sys.stderr)
+        distributed.end_alone(1)
     return 0
 
 
 def _run(args: argparse.Namespace) -> None:
     fields = {field.name for field in dataclasses.fields(Config)} - {"preset"}
     changes = {name: value for name, value in vars(args).items() if name in fields and value is not None}
-    config = _resumed_config(args, changes) if args.resume else _preset(args, changes)
-    mesh = make_mesh(args.mesh, config.sequences)
-    config = resolve(config, mesh.devices.flat[0])
-    print(describe(config, mesh), flush=True)
+    with distributed.together():
+        if args.resume_step is not None and args.resume is None:
+            raise UsageError(f"--resume-step {args.resume_step}: needs --resume DIR")
+        config = _resumed_config(args, changes) if args.resume else _preset(args, changes)
+        mesh = make_mesh(args.mesh, config.sequences)
+        distributed.require_whole(mesh)
+        config = resolve(config, mesh.devices.flat[0])
+    distributed.require_same(config, args.dry_run, args.resume is None, args.resume_step)
+    _say(describe(config, mesh))
     if args.dry_run:
+        _say(describe_scaling(config, mesh.size))
         return
     data = args.data or (TINY_DATA if config.preset == "tiny" else FINEWEB_DATA)
-    out = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
-    print(f"data:       {data}\nrun:        {out}", flush=True)
-    train(config, mesh, data, out, resume=args.resume is not None)
+    named = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
+    out = Path(distributed.exchange(str(named))[0])  # clocks differ
+    _say(f"data:       {data}\nrun:        {out}")
+    train(config, mesh, data, out, resume=args.resume is not None, resume_step=args.resume_step)
+
+
+def _say(message: str) -> None:
+    if distributed.is_first():
+        print(message, flush=True)
 
 
 def _preset(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
     name = args.preset or "auto"
     if name == "auto":
         name, why = _auto_preset(args)
-        print(f"preset auto: {name}, since {why}", flush=True)
+        _say(f"preset auto: {name}, since {why}")
     if name not in PRESETS:
         raise UsageError(f"--preset {name}: unknown; choose one of auto, {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
@@ -124,7 +164,7 @@ def _auto_preset(args: argparse.Namespace) -> tuple[str, str]:
 def _resumed_config(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
     if args.out is not None and args.out != args.resume:
         raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder; leave out --out")
-    saved = from_dict(checkpoint.latest(args.resume)[1]["config"])
+    saved = from_dict(checkpoint.latest(args.resume, args.resume_step).metadata["config"])
     base = saved if args.preset in (None, "auto") else _preset(args, {"seed": saved.seed, "steps": saved.steps})
     wanted = dataclasses.replace(base, **changes)
     if differences := recipe_differences(saved, wanted):

@@ -1,7 +1,10 @@
 """Shards, batches and positions against plain NumPy slicing."""
 
+import functools
 import itertools
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from jax_speedrun.data import (
     find_shards,
     prefetch,
     read_shard,
+    validation_count,
     validation_sequences,
     write_shard,
 )
@@ -98,7 +102,7 @@ def test_batches_and_resume_everywhere(
 def test_rows_of_processes_make_the_batch(tmp_path: Path, processes: int) -> None:
     paths, contents = make_shards(tmp_path, [8 * T * 2 + 1, 8 * T * 3])
     share = 8 // processes
-    readers = [TokenBatches(paths, 8, T, rows=slice(rank * share, (rank + 1) * share)) for rank in range(processes)]
+    readers = [TokenBatches(paths, 8, T, rows=range(rank * share, (rank + 1) * share)) for rank in range(processes)]
     assert len({json.dumps(reader.position()) for reader in readers}) == 1
     parts = [list(reader) for reader in readers]
     assert all(tokens_NT.shape == (share, T) for part in parts for tokens_NT, _ in part)
@@ -114,11 +118,63 @@ def test_rows_of_processes_make_the_batch(tmp_path: Path, processes: int) -> Non
     np.testing.assert_array_equal(next(readers[-1])[0], brute_force(contents, 8, 1)[1][0][-share:])
 
 
-@pytest.mark.parametrize("rows", [slice(0, 0), slice(8, 9), slice(0, 8, 2), slice(None, None, -1)])
-def test_rows_must_be_a_range(tmp_path: Path, rows: slice) -> None:
+def test_rows_in_any_order_of_devices(tmp_path: Path) -> None:
+    paths, contents = make_shards(tmp_path, [8 * T * 2 + 1])
+    rows = [1, 2, 5, 7]
+    got = list(TokenBatches(paths, 8, T, rows=rows))
+    assert_same(got, [(tokens[rows], targets[rows]) for tokens, targets in brute_force(contents, 8, 1)])
+
+
+@pytest.mark.parametrize("rows", [[], [8], [-1, 0]])
+def test_rows_must_be_of_the_batch(tmp_path: Path, rows: list[int]) -> None:
     paths, _ = make_shards(tmp_path, [8 * T + 1])
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(ValueError, match="some of them"):
         TokenBatches(paths, 8, T, rows=rows)
+
+
+def test_ids_are_checked_in_every_shard_or_when_read(tmp_path: Path) -> None:
+    """Processes share the work of looking at every id; whoever reads a bad one still sees it."""
+    paths, _ = make_shards(tmp_path, [4 * T + 1] * 3)
+    bad = np.zeros(4 * T + 1, int)
+    bad[3 * T] = 60000
+    bad_shard(paths[1], [20240520, 1, bad.size], bad)
+    for check in (slice(None), slice(1, None, 2)):
+        assert "id 60000 at token 384" in error_of(functools.partial(TokenBatches, paths, 2, T, check=check))
+    batches = TokenBatches(paths, 2, T, check=slice(0, None, 2))
+    assert [next(batches)[0].shape for _ in range(3)] == [(2, T)] * 3
+    assert f"{paths[1]}: id 60000 at token 384" in error_of(lambda: next(batches))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2 * T)
+
+
+def replace(path: Path) -> None:
+    copy = path.with_suffix(".copy")
+    shutil.copy2(path, copy)
+    copy.rename(path)
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\1\2")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(truncate, "bytes"), (replace, "was replaced"), (overwrite, "was written to"), (Path.unlink, "No such file")],
+)
+def test_a_shard_that_changes_while_it_is_read(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
+    paths, _ = make_shards(tmp_path, [8 * T + 1, 8 * T + 1])
+    os.utime(paths[0], ns=(0, 0))  # so that the change shows on a file system with coarse times
+    batches = TokenBatches(paths, 2, T)
+    next(batches)
+    change(paths[0])
+    message = error_of(lambda: next(batches))
+    assert str(paths[0]) in message
+    assert reason in message
+    assert "--resume" in message
 
 
 def test_out_of_data_is_said_before_training(tmp_path: Path) -> None:
@@ -209,7 +265,7 @@ def test_bad_shards(tmp_path: Path, header: list[int], tokens: np.ndarray, reaso
     for call in (
         lambda: read_shard(path),
         lambda: TokenBatches([*good, path], 1, T),
-        lambda: validation_sequences([path], T, 512),
+        lambda: validation_sequences([path], T, 1000),
     ):
         message = error_of(call)
         assert reason in message
@@ -228,7 +284,7 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
 
 
 def test_every_id_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_speedrun.data.SCAN_TOKENS", 100)
+    monkeypatch.setattr("jax_speedrun.shard_file.SCAN_TOKENS", 100)
     path = tmp_path / "x.bin"
     for where in (0, 99, 100, 250):
         tokens = np.full(251, 50256)
@@ -236,7 +292,8 @@ def test_every_id_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(read_shard(path), tokens)
         tokens[where] = 65535
         bad_shard(path, [20240520, 1, 251], tokens)
-        assert f"id 65535 at token {where}" in error_of(lambda: read_shard(path))
+        for call in (lambda: read_shard(path), lambda: TokenBatches([path], 1, T)):
+            assert f"id 65535 at token {where}" in error_of(call)
 
 
 def test_write_shard_is_byte_exact_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +341,9 @@ def test_validation_sequences(tmp_path: Path) -> None:
         inputs = contents[0][: count * T].reshape(count, T)
         targets = contents[0][1 : count * T + 1].reshape(count, T)
         assert_same([validation_sequences(paths, T, limit)], [(inputs, targets)])
+        assert validation_count(paths, T, limit) == count
+        rows = [0, count - 1]
+        assert_same([validation_sequences(paths, T, limit, rows)], [(inputs[rows], targets[rows])])
     assert str(paths[0]) in error_of(lambda: validation_sequences(paths, 5 * T, 10_000))
     assert str(paths[0]) in error_of(lambda: validation_sequences(paths, T, T - 1))
 
