@@ -147,9 +147,11 @@ PRESETS = {
     "tiny": Config(
         "tiny",
         model=_TINY_MODEL,
-        # The narrow head needs larger steps to move its logits as far.
+        # The narrow head needs larger steps to move its logits as far. Scalars get smaller ones: noise decides their
+        # first (docs/performance.md), and any number of devices should give the same losses.
         optimizer=OptimizerConfig(
             head_learning_rate=0.03,
+            scalar_learning_rate=0.01,
             momentum_warmup_steps=20,
             window_tokens=640,
             newton_schulz_dtype="float32",

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from .sharding import split_sequences
 from .step import Metrics, Params, Program, TrainState
 from .stopping import StopRequest
 
+TRACED_STEPS = range(10, 15)
+"""Which of the steps that a process makes `--profile` traces: past compilation and the first, slow ones."""
+
 type Validation = tuple[Array, Array, Array]
 """tokens_NT, targets_NT, weights_N, split over the mesh."""
 
@@ -27,7 +31,10 @@ class DivergedError(SharedError, RuntimeError):
 
 
 class Loop:
-    """What runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock."""
+    """What runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
+
+    With `trace`, a folder, some steps are traced into it, for xprof or Perfetto.
+    """
 
     def __init__(
         self,
@@ -37,12 +44,14 @@ class Loop:
         log: RunLog | None,
         checkpoints: Checkpoints,
         clock: StepClock,
+        trace: Path | None = None,
     ):
         self.config, self.program, self.log, self.checkpoints, self.clock = config, program, log, checkpoints, clock
         self.split = split_sequences(mesh)
         self.device = mesh.local_devices[0]
         peak = peak_flops(self.device)
         self.peak_flops = None if peak is None else peak * mesh.size
+        self.trace = trace
         self.pending: tuple[int, Metrics] | None = None
 
     def run(self, state: TrainState, batches: TokenBatches, validation: Validation, resumed: int | None) -> float:
@@ -77,6 +86,7 @@ class Loop:
                     self._save(step, state, position)
                 if last or stopped:
                     break
+                self._trace(step - start)
                 self.clock.resume()
                 position, (tokens_NT, targets_NT) = next(placed)
                 state, metrics = train_step(state, tokens_NT, targets_NT)
@@ -90,6 +100,17 @@ class Loop:
         if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
             self._say(f"peak memory: {peak / 2**30:.1f} GiB a device")
         return val_loss
+
+    def _trace(self, done: int) -> None:
+        """Begin or end the trace where the next step, before which this process has made `done`, asks for it."""
+        if self.trace is None or done not in (TRACED_STEPS.start, TRACED_STEPS.stop):
+            return
+        self._report()
+        if done == TRACED_STEPS.start:
+            jax.profiler.start_trace(self.trace)
+        else:
+            jax.profiler.stop_trace()
+            self._say(f"trace: {self.trace}")
 
     def _place(self, batch: Batch) -> tuple[Array, Array]:
         tokens_NT, targets_NT = (place(self.split, self.config.sequences, rows) for rows in batch)

@@ -10,15 +10,23 @@ from . import checkpoint, distributed
 from .checkpoint import Checkpoints
 from .config import Config, to_dict
 from .data import Rows, TokenBatches, find_shards, validation_count, validation_sequences
+from .errors import UsageError
 from .lock import locked
-from .loop import Loop
+from .loop import TRACED_STEPS, Loop
 from .runlog import RunLog, StepClock
 from .sharding import split_sequences
 from .step import make_program
 
 
 def train(
-    config: Config, mesh: Mesh, data: Path, out: Path, *, resume: bool = False, resume_step: int | None = None
+    config: Config,
+    mesh: Mesh,
+    data: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    resume_step: int | None = None,
+    profile: bool = False,
 ) -> float:
     """Train, and write the run's folder `out`. All processes of a run call this alike; the first one writes.
 
@@ -28,6 +36,7 @@ def train(
       data: a folder with training and validation shards.
       out: the run's folder; with `resume`, one that holds a checkpoint.
       resume: go on from a checkpoint, the last one or that of `resume_step`; what the folder has of later steps goes.
+      profile: trace some steps of the first process into `out`/profile.
 
     Returns:
       The last validation loss; nan if a signal stopped the run before the first.
@@ -52,6 +61,8 @@ def train(
         start, metadata = checkpoint.latest(out, resume_step) if resume else (None, {})
         if resume:
             batches.seek(metadata["data_position"])
+        if profile and config.steps - (start or 0) <= TRACED_STEPS.stop:
+            raise UsageError(f"--profile: needs more than {TRACED_STEPS.stop} steps; raise --steps, or leave it out")
 
     with contextlib.ExitStack() as folder:
         log = None
@@ -79,7 +90,9 @@ def train(
             saved = checkpoints.restore(start, checkpoint.abstract(program.to_checkpoint(state)))
             state = program.from_checkpoint(saved)
         tokens, targets, weights = (distributed.place(split, total, rows) for rows in held_out)
-        loop = Loop(config, mesh, program, log, checkpoints, StepClock(**metadata.get("clock", {})))
+        clock = StepClock(**metadata.get("clock", {}))
+        trace = out / "profile" if profile and distributed.is_first() else None
+        loop = Loop(config, mesh, program, log, checkpoints, clock, trace)
         return loop.run(state, batches, (tokens, targets, weights), start)
 
 

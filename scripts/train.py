@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "--resume-step", type=int, metavar="N", help="with --resume: from the checkpoint of step N, not the last one"
     )
     run.add_argument(
+        "--profile", action="store_true", help="trace a few steps into the run's folder, for xprof or Perfetto"
+    )
+    run.add_argument(
         "--dry-run",
         action="store_true",
         help="print devices, batch layout, tokens, a memory estimate, what the devices send each other and a predicted "
@@ -129,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
     named = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
     out = Path(distributed.exchange(str(named))[0])  # clocks differ
     _say(f"data:       {data}\nrun:        {out}")
-    train(config, mesh, data, out, resume=args.resume is not None, resume_step=args.resume_step)
+    train(config, mesh, data, out, resume=args.resume is not None, resume_step=args.resume_step, profile=args.profile)
 
 
 def _say(message: str) -> None:

@@ -233,6 +233,13 @@ def test_the_step_is_donated_and_pure(data):
     assert all(donated)
 
 
+def test_profile_leaves_a_trace_and_the_losses_as_they_are(data, reference_run, tmp_path, capsys):
+    run(CONFIG, 1, data, tmp_path / "run", profile=True)
+    assert list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))
+    assert f"trace: {tmp_path}/run/profile" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(reference_run[0])
+
+
 class TestBadInput:
     """Every mistake: one line that names the option or file, exit code 2, nothing written."""
 
@@ -257,6 +264,11 @@ class TestBadInput:
         raw = bytearray((folder / "a_train_0.bin").read_bytes())
         (folder / "a_train_0.bin").write_bytes(change(raw))
         return folder
+
+    def test_profile_of_a_run_too_short_for_it(self, capsys, tmp_path):
+        self.check(
+            capsys, tmp_path, "--preset", "tiny", "--steps", "15", "--profile", mentions=["--profile", "--steps"]
+        )
 
     def test_missing_data_folder(self, capsys, tmp_path):
         self.check(capsys, tmp_path, "--preset", "tiny", "--data", "/no/such", mentions=["/no/such", "--data"])
