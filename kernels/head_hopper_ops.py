@@ -10,14 +10,17 @@ from jax.typing import DTypeLike
 
 from .head_loss import CAP, TEMPERATURE
 
-CAP_LOG2 = CAP * math.log2(math.e)  # so that exp(CAP x) = 2^(CAP_LOG2 x)
+HALF_CAP_LOG2 = CAP / 2 * math.log2(math.e)  # exp of a capped logit is 2^(HALF_CAP_LOG2 (1 + squash(z)))
 
 
-def gate(z: Array) -> Array:
-    """sigmoid(z / 7.5) in two of the special-function unit's operations."""
-    # 1 / x = rsqrt(x)^2: a division would be a subroutine. Where the power overflows, rsqrt(inf) = 0 is the limit.
-    root = lax.rsqrt(1 + jnp.exp2(z * (-math.log2(math.e) / TEMPERATURE)))
-    return root * root
+def squash(z: Array) -> Array:
+    """tanh(z / 15), which is 2 sigmoid(z / 7.5) - 1: one operation of the special-function unit instead of two.
+
+    The unit's relative error of 2^-11 shifts a capped logit by at most 2^-11 z; rounding z to bfloat16 shifts z by up
+    to 2^-9 z or more. Measured against an exact tanh: sums of exponentials 4e-6 apart, logit gradients 5e-5, where
+    e5m2 rounds by up to 2^-3.
+    """
+    return jnp.tanh(z * (0.5 / TEMPERATURE))
 
 
 def run_of_tiles(run: Array, runs: int, tiles: int) -> tuple[Array, Array]:

@@ -38,7 +38,7 @@ GRADIENT_SCALE = 2.0**13
 
 _CHUNK_TOKENS = {"cpu": 128}  # 26 MB of logits: near the size of a last-level cache
 _CHUNK_TOKENS_ACCELERATOR = 8192  # 1.6 GB of logits in float32: few passes over the gradient's accumulator
-_CHUNK_TOKENS_FAST = 16384  # a program of the logits' kernel for each of 128 multiprocessors
+_CHUNK_TOKENS_FAST = 32768  # half the additions to dW of 16384: 0.4 ms of 19.5 less, for 3.3 GB more
 
 
 def fp8_supported(device: jax.Device) -> bool:

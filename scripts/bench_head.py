@@ -33,7 +33,7 @@ INTERPRET = jax.default_backend() != "gpu"
 CALLS, LOOPS = (1, 1) if INTERPRET else (5, 7)  # a time is the median of LOOPS loops of CALLS calls
 BYTES, SPECIALS, INSTRUCTIONS = 3.0e12, 132 * 16 * 1.755e9, 132 * 128 * 1.755e9  # a second
 LOGITS_FLOPS, GRADIENT_FLOPS = 1190e12, 1530e12  # dx and dW together 6.6 ms at the record's sizes
-FAST = ("logits and totals, kernel", "gradient, kernel, runs of 16", "dx, cuBLASLt", "dW, cuBLASLt")
+FAST = ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt")
 PLAIN = ("logits, cuBLASLt", "middle, XLA", "dx, cuBLASLt", "dW, cuBLASLt")
 
 type Timed = dict[str, tuple[Callable[[], Any], float]]  # name: (call, predicted seconds a token)
@@ -118,12 +118,13 @@ def xla_recomputed_middle(z: Array, targets: Array) -> tuple[Array, Array]:
     return d_z, lax.optimization_barrier(d_z).T
 
 
-def parts(chunk: int, vocabulary: int, width: int, runs: list[int]) -> Timed:
+def parts(chunk: int, vocabulary: int, width: int) -> Timed:
     x, w, targets = inputs(chunk, vocabulary, width)
     x8, w8 = head._operand(x, "fp8", head.X_SCALE), head._operand(w, "fp8", head.W_SCALE)
     product = jax.jit(functools.partial(head._logits, precision="fp8"))
     unscale = 1 / (head.X_SCALE * head.W_SCALE)
     kernel = jax.jit(functools.partial(logits_and_totals, unscale=unscale, interpret=INTERPRET))
+    step = jax.jit(functools.partial(logit_gradient, interpret=INTERPRET))
     gradient = jax.jit(functools.partial(head._gradient_dot, precision="fp8"))
     add = jax.jit(lambda total, a, b: total + head._gradient_dot(a, b, "fp8"), donate_argnums=0)
     total, today, recomputed = jax.jit(xla_total), jax.jit(xla_middle), jax.jit(xla_recomputed_middle)
@@ -140,19 +141,16 @@ def parts(chunk: int, vocabulary: int, width: int, runs: list[int]) -> Timed:
         product_seconds = 2 * width / flops if flops else 0
         return vocabulary * max(items / BYTES, specials / SPECIALS, instructions / INSTRUCTIONS, product_seconds)
 
-    timed: Timed = {
+    return {
         "logits, cuBLASLt": (lambda: product(x8, w8), limit(2, flops=LOGITS_FLOPS)),
-        "logits and totals, kernel": (lambda: kernel(x8, w8), limit(2, 3, 15, LOGITS_FLOPS)),
+        "logits and totals, kernel": (lambda: kernel(x8, w8), limit(2, 2, 10, LOGITS_FLOPS)),
         "totals, XLA": (lambda: total(z), limit(2, 3, 31)),
         "middle, XLA": (lambda: today(z, targets), limit(6, 3, 35) + limit(6, 2, 78)),
         "middle, XLA, recomputed": (lambda: recomputed(z, targets), limit(2, 3, 31) + limit(3, 3, 55) + limit(2)),
         "dx, cuBLASLt": (lambda: gradient(d_z, w8), limit(1, flops=GRADIENT_FLOPS)),
         "dW, cuBLASLt": (accumulate, limit(1 + 8 * width / chunk, flops=GRADIENT_FLOPS)),
+        "gradient, kernel": (lambda: step(z, log2_total, targets), limit(4, 2, 18)),
     }
-    for run in runs:
-        step = jax.jit(functools.partial(logit_gradient, tiles_a_program=run, interpret=INTERPRET))
-        timed[f"gradient, kernel, runs of {run}"] = functools.partial(step, z, log2_total, targets), limit(4, 3, 25)
-    return timed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -162,7 +160,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768, metavar="D", help="default: %(default)s")
     parser.add_argument("--error-tokens", type=int, default=2048, metavar="T", help="default: %(default)s")
     parser.add_argument("--chunks", type=int, nargs="+", default=[4096, 8192, 16384, 32768], metavar="C")
-    parser.add_argument("--runs", type=int, nargs="*", default=[4, 64, 256], metavar="N", help="besides 16")
     parser.add_argument("--out", type=Path, default=Path("bench_head"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args()
     for name in ("tokens", "error_tokens", "chunks"):
@@ -188,7 +185,7 @@ def main() -> None:
     print(f"{'':32s}  chunk predicted ms     ms")
     arguments = inputs(options.tokens, *sizes)
     for chunk in options.chunks:
-        timed = parts(chunk, *sizes, [16, *options.runs])
+        timed = parts(chunk, *sizes)
         results = {
             name: (seconds, milliseconds(run) * options.tokens / chunk) for name, (run, seconds) in timed.items()
         }

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jax_speedrun.kernels import head_hopper_gradient
 from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
 from jax_speedrun.kernels.head_loss import fast_head_supported, fp8_supported, head_logits, head_loss
@@ -148,7 +149,7 @@ def test_one_token_and_chunks_that_do_not_divide_alike():
 
 # The fast path. Three tiles of words and two steps of channels; two chunks of tokens, of one tile each.
 FAST = {"tokens": 256, "vocabulary": 384, "width": 256}
-INTERPRETED = {"implementation": "fast", "interpret": True, "chunk_tokens": 128}
+INTERPRETED = {"implementation": "fast", "interpret": True, "chunk_tokens": 255}  # a tile and a part
 
 
 def fast_inputs(case):
@@ -180,33 +181,40 @@ def test_fast_equals_the_recipe_and_plain(case):
     np.testing.assert_allclose(fast[0], numpy_fp8(*arguments)[0], rtol=1e-5)
 
 
-def test_shares_of_the_words_change_nothing():
+@pytest.mark.parametrize("splits", [1, 2])
+def test_logits_and_totals(splits):
+    """Two tiles of tokens, and of words three, or two and one."""
     x, w, _ = fast_inputs("random")
-    x, w = jnp.asarray(x[:128] * 2, jnp.float8_e4m3fn), jnp.asarray(w * 32, jnp.float8_e4m3fn)
-    z, totals = logits_and_totals(x, w, unscale=1 / 64, splits=1, interpret=True)
+    x, w = jnp.asarray(x * 2, jnp.float8_e4m3fn), jnp.asarray(w * 32, jnp.float8_e4m3fn)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T / 64
-    assert relative(np.asarray(z, np.float64), exact) < 2**-8
-    want = np.exp(30 / (1 + np.exp(-np.asarray(z, np.float64) / 7.5)) - 30).sum(1)
-    np.testing.assert_allclose(np.asarray(totals)[0], want, rtol=1e-5)
-    shared_z, shared_totals = logits_and_totals(x, w, unscale=1 / 64, splits=2, interpret=True)
-    np.testing.assert_array_equal(np.asarray(shared_z, np.float32), np.asarray(z, np.float32))
-    assert shared_totals.shape == (2, 128)
-    np.testing.assert_allclose(np.asarray(shared_totals).sum(0), want, rtol=1e-5)
+    z, totals = logits_and_totals(x, w, unscale=1 / 64, splits=splits, interpret=True)
+    z = np.asarray(z, np.float64)
+    assert relative(z, exact) < 2**-8
+    assert totals.shape == (splits, 256)
+    np.testing.assert_allclose(np.asarray(totals).sum(0), np.exp(30 / (1 + np.exp(-z / 7.5)) - 30).sum(1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("tiles_a_program", [1, 2, 16])
-def test_gradient_kernel_writes_both_layouts(tiles_a_program):
+@pytest.mark.parametrize(
+    ("together", "runs"),
+    [
+        (4, 1),  # more tiles than slots
+        (1, 3),  # runs of two tiles and of one
+        (2, 2),
+        (8, 132),  # more than there are
+    ],
+)
+def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
+    monkeypatch.setattr(head_hopper_gradient, "TOGETHER", together)
+    monkeypatch.setattr(head_hopper_gradient, "RUNS", runs)
     rng = np.random.default_rng(6)
-    z = jnp.asarray(np.concatenate([8 * rng.standard_normal((64, 192)), np.full((64, 64), [[-800, 800] * 32])], 1))
-    z, targets = z.astype(jnp.bfloat16), rng.integers(0, 256, 64)
+    z = jnp.asarray(np.concatenate([8 * rng.standard_normal((256, 192)), np.full((256, 64), [[-800, 800] * 32])], 1))
+    z, targets = z.astype(jnp.bfloat16), rng.integers(0, 256, 256)
     gate = 1 / (1 + np.exp(-np.asarray(z, np.float64) / 7.5))
     total = np.exp(30 * gate - 30).sum(1, keepdims=True)
     want = np.exp(30 * gate - 30) / total - (np.arange(256) == targets[:, None])
     want = rounder(ml_dtypes.float8_e5m2)(rounder(ml_dtypes.bfloat16)(want * 4 * gate * (1 - gate)) * 2**13)
     log2_total = jnp.asarray(np.log2(total[:, 0]), jnp.float32)
-    d_z, turned = logit_gradient(
-        z, log2_total, jnp.asarray(targets, jnp.int32), tiles_a_program=tiles_a_program, interpret=True
-    )
+    d_z, turned = logit_gradient(z, log2_total, jnp.asarray(targets, jnp.int32), interpret=True)
     assert d_z.dtype == turned.dtype == jnp.float8_e5m2
     d_z, turned = np.asarray(d_z, np.float64), np.asarray(turned, np.float64)
     np.testing.assert_array_equal(turned, d_z.T)
@@ -224,7 +232,7 @@ def test_fast_lowers_for_cuda_at_full_size():
     text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("head_logits", "head_logit_gradient"):
         assert kernel in text
-    assert "16384x50304xbf16" in text
+    assert "32768x50304xbf16" in text
     assert "65536x50304" not in text
     assert "50304x50304" not in text
 
