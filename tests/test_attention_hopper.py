@@ -31,7 +31,7 @@ from jax_speedrun.kernels.block_mask import BlockMask, long_short_masks
 from tests.numpy_attention import dense_attention, random_mask
 
 SCALE = 0.12
-KERNEL_CASES = int(os.environ.get("KERNEL_CASES", "16"))  # each takes a second or two in the interpreter
+KERNEL_CASES = int(os.environ.get("KERNEL_CASES", "8"))  # each takes a second or two in the interpreter
 BLOCKS, HEADS, WIDTH = 2, 2, 64  # four tiles: three in rounds to one program, one to another
 
 
