@@ -19,7 +19,7 @@ from .kernels.attention import Implementation, block_sparse_attention
 from .kernels.block_mask import BlockMask, long_short_masks
 from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
-from .kernels.mlp import mlp
+from .kernels.mlp import linear, mlp
 from .kernels.paths import KernelPath
 from .kernels.qkv import qkv_to_heads
 from .kernels.residual import inverse_rms
@@ -47,11 +47,6 @@ def mix(weights: Array, *values: Array) -> Array:
     """sum_i weights[i] values[i] in float32, in the values' dtype."""
     total = sum(weight * value.astype(jnp.float32) for weight, value in zip(weights, values, strict=True))
     return jnp.asarray(total).astype(values[0].dtype)
-
-
-def linear(x: Array, weight: Array) -> Array:
-    """x W^T with W stored (out, in), in x's dtype."""
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def uniform_matrix(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:

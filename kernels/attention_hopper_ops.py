@@ -14,6 +14,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from .attention_hopper_config import COMPUTE_WARPGROUPS, PRODUCER, HopperConfig
 
@@ -74,10 +75,13 @@ def positions(first: Array, size: int, layout: Any) -> Array:
     return first + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
-def tile(*shape: int) -> pl.MemoryRef:
-    """A bf16 shared-memory tile in the swizzled form that the copy engine writes and wgmma reads."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> pl.MemoryRef:
+    """Shared memory in the swizzled form that the copy engine writes and wgmma reads."""
+    item_bytes = jnp.dtype(dtype).itemsize
+    row_bytes = min(128, shape[-1] * item_bytes)
+    tiling = plgpu.TilingTransform((8, row_bytes // item_bytes))  # type: ignore[abstract]
+    transforms = (tiling, plgpu.SwizzleTransform(row_bytes))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def ring_barriers(*rings: tuple[int, int]) -> list[plgpu.Barrier]:

@@ -31,8 +31,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .attention_hopper_ops import COLUMN, ROW, Ref, columns, positions, rows
-from .head_hopper_ops import HALF_CAP_LOG2, shared_tile, squash
+from .attention_hopper_ops import COLUMN, ROW, Ref, columns, positions, rows, tile
+from .head_hopper_ops import HALF_CAP_LOG2, squash
 from .head_loss import CAP, GRADIENT_SCALE, TEMPERATURE
 
 TOKENS = 64
@@ -112,10 +112,10 @@ def logit_gradient(z_TV: Array, log2_total_T: Array, targets_T: Array, *, interp
         ),
         scratch_types=dict(
             smem=Buffers(
-                z=shared_tile(SLOTS, TOKENS, WORDS, dtype=jnp.bfloat16),
-                turned=shared_tile(WORDS, TOKENS, dtype=jnp.bfloat16),
-                d_z=shared_tile(TOKENS, WORDS, dtype=jnp.float8_e5m2),
-                d_z_turned=shared_tile(WORDS, TOKENS, dtype=jnp.float8_e5m2),
+                z=tile(SLOTS, TOKENS, WORDS, dtype=jnp.bfloat16),
+                turned=tile(WORDS, TOKENS, dtype=jnp.bfloat16),
+                d_z=tile(TOKENS, WORDS, dtype=jnp.float8_e5m2),
+                d_z_turned=tile(WORDS, TOKENS, dtype=jnp.float8_e5m2),
             ),
             ready=plgpu.Barrier(num_barriers=SLOTS),
         ),

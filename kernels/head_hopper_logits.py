@@ -37,8 +37,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .attention_hopper_config import MULTIPROCESSORS, HopperConfig
-from .attention_hopper_ops import ROW, Ref, launch, split_roles
-from .head_hopper_ops import HALF_CAP_LOG2, run_of_tiles, shared_tile, squash
+from .attention_hopper_ops import ROW, Ref, launch, split_roles, tile
+from .head_hopper_ops import HALF_CAP_LOG2, run_of_tiles, squash
 
 WARPGROUPS = 2
 HALF = 64
@@ -171,9 +171,9 @@ def logits_and_totals(
         ),
         dict(
             smem=Buffers(
-                x=shared_tile(steps, TOKENS, CHANNELS, dtype=jnp.float8_e4m3fn),
-                w=shared_tile(stages, WORDS, CHANNELS, dtype=jnp.float8_e4m3fn),
-                z=shared_tile(WARPGROUPS, PARTS, HALF, PART, dtype=jnp.bfloat16),
+                x=tile(steps, TOKENS, CHANNELS, dtype=jnp.float8_e4m3fn),
+                w=tile(stages, WORDS, CHANNELS, dtype=jnp.float8_e4m3fn),
+                z=tile(WARPGROUPS, PARTS, HALF, PART, dtype=jnp.bfloat16),
                 total=plgpu.SMEM((WARPGROUPS, HALF), jnp.float32),
             ),
             barriers=Barriers(

@@ -1,12 +1,9 @@
-"""What the head's two Hopper kernels share: the cap, shares of the work, shared memory."""
+"""What the head's two Hopper kernels share: the cap, and shares of the work."""
 
 import math
 
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from .head_loss import CAP, TEMPERATURE
 
@@ -27,11 +24,3 @@ def run_of_tiles(run: Array, runs: int, tiles: int) -> tuple[Array, Array]:
     """First tile and number of tiles of one of `runs` nearly equal runs."""
     first = lax.div(run * tiles, runs)
     return first, lax.div((run + 1) * tiles, runs) - first
-
-
-def shared_tile(*shape: int, dtype: DTypeLike) -> pl.MemoryRef:
-    """Shared memory in the swizzled form that the copy engine writes and wgmma reads."""
-    item_bytes = jnp.dtype(dtype).itemsize
-    row_bytes = min(128, shape[-1] * item_bytes)
-    transforms = (plgpu.TilingTransform((8, row_bytes // item_bytes)), plgpu.SwizzleTransform(row_bytes))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -56,7 +56,7 @@ def mlp(
     """
     _check(x_TD, scale_T, fc_FD, proj_DF)
     if implementation == "plain":
-        return _linear(relu_squared(_linear(x_TD, fc_FD), scale_T), proj_DF)
+        return linear(relu_squared(linear(x_TD, fc_FD), scale_T), proj_DF)
     reason = _not_fast(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape))
     if reason is not None:
         raise ValueError(f"the fast mlp needs {reason}; use implementation='plain'")
@@ -74,7 +74,8 @@ def fast_mlp_supported(device: jax.Device, dtype: DTypeLike, *, tokens: int, wid
     return on_hopper(device) and _not_fast(dtype, tokens, width, hidden) is None
 
 
-def _linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: Array) -> Array:
+    """x W^T with W stored (out, in), in x's dtype."""
     return lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())))
 
 
@@ -97,7 +98,7 @@ def _fast_forward(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, int
     from .mlp_hopper import relu_squared_product
 
     r2_TF = relu_squared_product(x_TD, fc_FD.astype(x_TD.dtype), scale_T, interpret=interpret)
-    y_TD = _linear(r2_TF, proj_DF)
+    y_TD = linear(r2_TF, proj_DF)
     return y_TD, Saved(x_TD, scale_T, fc_FD, proj_DF, r2_TF, y_TD)
 
 

@@ -46,8 +46,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .attention_hopper_config import MULTIPROCESSORS, HopperConfig
-from .attention_hopper_ops import ROW, Ref, rows, split_roles
-from .head_hopper_ops import shared_tile
+from .attention_hopper_ops import ROW, Ref, rows, split_roles, tile
 
 WARPGROUPS = 2
 HALF = 64
@@ -247,9 +246,9 @@ def _product(
         out_type=jax.ShapeDtypeStruct((length, hidden), jnp.bfloat16),
         scratch_types=dict(
             smem=Buffers(
-                x=shared_tile(stages, ROWS, config.channels, dtype=jnp.bfloat16),
-                w=shared_tile(stages, config.columns, config.channels, dtype=jnp.bfloat16),
-                part=shared_tile(WARPGROUPS, SLOTS, HALF, PART, dtype=jnp.bfloat16),
+                x=tile(stages, ROWS, config.channels),
+                w=tile(stages, config.columns, config.channels),
+                part=tile(WARPGROUPS, SLOTS, HALF, PART),
             ),
             barriers=Barriers(
                 ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
