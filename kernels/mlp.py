@@ -1,14 +1,14 @@
-"""The MLP of a block: a norm as a factor of each token, D -> F, relu squared, F -> D.
+"""The MLP of a block, joined to the residual stream: x + P relu(W norm(x))^2.
 
 As in residual.py the norm before the product is applied after it: relu(norm(x) W^T) = relu(s x W^T), s = 1 / rms(x).
 
 In plain JAX, XLA multiplies by cuBLAS and passes over the (T, F) arrays between products: forward it reads z = x W^T to
-write r2 = relu(s z)^2, backward it reads z and the gradient of r2 to write that of z. The fast path does both in the
-kernels that multiply, and never writes z:
+write r2 = relu(s z)^2, backward it reads z and the gradient of r2 to write that of z; and over (T, D) arrays for the
+residual sums. The fast path does all of it in the kernels that multiply, and never writes z:
 
-    forward     r2 = relu(s x W^T)^2            kernel        y = r2 P^T                  cuBLAS
-    backward    dz = (dy P) 2 s sqrt(r2)        kernel        dx = dz W, dW = dz^T x, dP = dy^T r2
-                ds = (2 / s) sum_D dy y         y grows with the square of s
+    forward     r2 = relu(s x W^T)^2            kernel        y = x + r2 P^T                         kernel
+    backward    dz = (dy P) 2 s sqrt(r2)        kernel        dx = dz W + dy + (part through s) x    kernel
+                                                              dW = dz^T x, dP = dy^T r2              cuBLAS
 
 The slope of relu(h)^2 is 2 relu(h), and relu(h) = sqrt(r2): a root halves relative errors, so of the 2^-8 that rounding
 r2 to bfloat16 may cost, 2^-9 is left, half of what rounding h would. (Below 1e-19 relu(h) vanishes with its square.)
@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
 from .paths import KernelPath, on_hopper
+from .residual import along_x, known_inverse_rms, linear, not_fast, weight_gradient
 
 
 def mlp(
@@ -37,26 +38,27 @@ def mlp(
     *,
     interpret: bool = False,
 ) -> Array:
-    """relu(s x W^T)^2 P^T, (T, D) in x's dtype, in which everything is multiplied.
+    """x + relu(s x W^T)^2 P^T, (T, D) in x's dtype, in which everything is multiplied.
 
     Args:
-      x_TD: tokens.
-      scale_T: s, float32 and positive: a factor of each token, such as `residual.inverse_rms`.
+      x_TD: the residual stream.
+      scale_T: s, float32: `residual.inverse_rms` of x, known. Its gradient is part of x's.
       fc_FD, proj_DF: W and P, stored (out, in); their gradients have their dtypes.
-      implementation: `fast` is for bfloat16, T a multiple of 128, D of 64 and F of 256.
+      implementation: `fast` is for bfloat16, T a multiple of 128, D and F of 256.
       interpret: run the kernels in Pallas' interpreter (any device, slow; for tests). It needs a CPU thread for each of
         six warpgroups: set `jax_num_cpu_devices` to 8 on a small machine.
 
     Returns:
-      Differentiable in all arrays. Inside `shard_map`, switch off `check_vma` for `fast`: Pallas' GPU kernels do not
-      carry it.
+      Differentiable in x, fc and proj. Inside `shard_map`, switch off `check_vma` for `fast`: Pallas' GPU kernels do
+      not carry it.
 
     Raises:
       ValueError: for shapes that do not fit together, or if `fast` does not support the dtype or a size.
     """
     _check(x_TD, scale_T, fc_FD, proj_DF)
     if implementation == "plain":
-        return linear(relu_squared(linear(x_TD, fc_FD), scale_T), proj_DF)
+        scale_T = known_inverse_rms(x_TD, scale_T)
+        return x_TD + linear(relu_squared(linear(x_TD, fc_FD), scale_T), proj_DF)
     reason = _not_fast(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape))
     if reason is not None:
         raise ValueError(f"the fast mlp needs {reason}; use implementation='plain'")
@@ -74,9 +76,12 @@ def fast_mlp_supported(device: jax.Device, dtype: DTypeLike, *, tokens: int, wid
     return on_hopper(device) and _not_fast(dtype, tokens, width, hidden) is None
 
 
-def linear(x: Array, weight: Array) -> Array:
-    """x W^T with W stored (out, in), in x's dtype."""
-    return lax.dot_general(x, weight.astype(x.dtype), (((1,), (1,)), ((), ())))
+class Saved(NamedTuple):
+    x_TD: Array
+    scale_T: Array
+    fc_FD: Array
+    proj_DF: Array
+    r2_TF: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -84,49 +89,36 @@ def _fast(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, interpret: 
     return _fast_forward(x_TD, scale_T, fc_FD, proj_DF, interpret)[0]
 
 
-class Saved(NamedTuple):
-    x_TD: Array
-    scale_T: Array
-    fc_FD: Array
-    proj_DF: Array
-    r2_TF: Array
-    y_TD: Array
-
-
 def _fast_forward(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, interpret: bool) -> tuple[Array, Saved]:
     # Imported when used: Pallas' GPU backend is not part of every jaxlib.
     from .mlp_hopper import relu_squared_product
+    from .residual_hopper import sum_product
 
     r2_TF = relu_squared_product(x_TD, fc_FD.astype(x_TD.dtype), scale_T, interpret=interpret)
-    y_TD = linear(r2_TF, proj_DF)
-    return y_TD, Saved(x_TD, scale_T, fc_FD, proj_DF, r2_TF, y_TD)
+    y_TD, _ = sum_product(r2_TF, proj_DF.astype(x_TD.dtype), ((None, x_TD),), interpret=interpret)
+    return y_TD, Saved(x_TD, scale_T, fc_FD, proj_DF, r2_TF)
 
 
 def _fast_backward(interpret: bool, saved: Saved, dy_TD: Array) -> tuple[Array, Array, Array, Array]:
     from .mlp_hopper import slope_product
+    from .residual_hopper import sum_product
 
-    x_TD, scale_T, fc_FD, proj_DF, r2_TF, y_TD = saved
-    dz_TF = slope_product(dy_TD, proj_DF.astype(dy_TD.dtype).T, scale_T, r2_TF, interpret=interpret)
-    dx_TD = lax.dot_general(dz_TF, fc_FD.astype(dz_TF.dtype), (((1,), (0,)), ((), ())))
-    d_scale_T = 2 / scale_T * jnp.sum(dy_TD.astype(jnp.float32) * y_TD.astype(jnp.float32), axis=1)
-    return dx_TD, d_scale_T, _over_tokens(dz_TF, x_TD, fc_FD.dtype), _over_tokens(dy_TD, r2_TF, proj_DF.dtype)
+    x_TD, scale_T, fc_FD, proj_DF, r2_TF = saved
+    fc_DF, proj_FD = (weight.astype(x_TD.dtype).T for weight in (fc_FD, proj_DF))
+    dz_TF, shares_PT = slope_product(dy_TD, proj_FD, scale_T, r2_TF, interpret=interpret)
+    d_scale_T = jnp.sum(shares_PT, axis=0) / (2 * scale_T**3)
+    terms = (None, dy_TD), (along_x(d_scale_T, scale_T, x_TD.shape[1]), x_TD)
+    dx_TD, _ = sum_product(dz_TF, fc_DF, terms, interpret=interpret)
+    d_fc_FD, d_proj_DF = weight_gradient(dz_TF, x_TD, fc_FD.dtype), weight_gradient(dy_TD, r2_TF, proj_DF.dtype)
+    return dx_TD, jnp.zeros_like(scale_T), d_fc_FD, d_proj_DF
 
 
 _fast.defvjp(_fast_forward, _fast_backward)
 
 
-def _over_tokens(a_TM: Array, b_TN: Array, dtype: DTypeLike) -> Array:
-    """a^T b, rounded once, to `dtype`."""
-    return lax.dot_general(a_TM, b_TN, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-
-
 def _not_fast(dtype: DTypeLike, tokens: int, width: int, hidden: int) -> str | None:
     """What keeps the fast path from these inputs, if anything does."""
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"bfloat16, got {jnp.dtype(dtype)}"
-    from .mlp_hopper import unsupported_shape
-
-    return unsupported_shape(tokens, width, hidden)
+    return not_fast(dtype, tokens, (width, hidden), (hidden, width))
 
 
 def _check(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array) -> None:

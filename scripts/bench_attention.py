@@ -193,7 +193,8 @@ def visible_pairs(documents_T: Array, blocks: Array) -> Array:
     return jnp.sum((position - jnp.maximum(document_start, window_start) + 1).astype(jnp.float32))
 
 
-def measure(case: Case, peer: str, runs: Runs, truth: list[np.ndarray] | None, ceiling: float) -> Iterator[Row]:
+def measure(case: Case, peer: str, draws: list[Runs], truths: list[list[np.ndarray]], ceiling: float) -> Iterator[Row]:
+    """Times of the first draw, errors of all that have a truth."""
     pairs = float(visible_pairs(case.mask.documents, jnp.int32(case.blocks)))
     _, heads, width = case.inputs[0].shape
     wait: Callable[[Any], Any] = jax.block_until_ready
@@ -203,17 +204,24 @@ def measure(case: Case, peer: str, runs: Runs, truth: list[np.ndarray] | None, c
         def wait(result: Any) -> Any:
             return synchronize()
 
-    for direction, run, products, wanted in zip(
-        ("forward", "backward"), runs, (2, 5), (slice(0, 1), slice(1, 4)), strict=True
+    for direction, runs, products, wanted in zip(
+        ("forward", "backward"), zip(*draws, strict=True), (2, 5), (slice(0, 1), slice(1, 4)), strict=True
     ):
-        ms = milliseconds(run, wait)
+        ms = milliseconds(runs[0], wait)
         tflops = products * 2 * width * heads * pairs / ms / 1e9
         largest = relative = None
-        if truth is not None and peer != "cudnn":
-            pairs_of_results = list(zip(to_numpy(run()), truth[wanted], strict=True))
-            largest = tuple(float(np.abs(got - want).max()) for got, want in pairs_of_results)
-            relative = tuple(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs_of_results)
+        if truths and peer != "cudnn":
+            errors = [
+                [largest_and_relative(got, want) for got, want in zip(to_numpy(run()), truth[wanted], strict=True)]
+                for run, truth in zip(runs, truths, strict=True)
+            ]
+            largest, relative = (tuple(np.max(errors, axis=0)[:, i].tolist()) for i in range(2))
         yield Row(case.window, case.kind, peer, direction, ms, tflops, tflops / ceiling, largest, relative)
+
+
+def largest_and_relative(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
+    error = got - want
+    return float(np.abs(error).max()), float(np.linalg.norm(error) / np.linalg.norm(want))
 
 
 def matmul_ceiling() -> float:
@@ -264,6 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 7, 10, 14], metavar="W", help="in blocks")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--no-errors", action="store_true", help="skip the comparison with float32")
+    parser.add_argument("--draws", type=int, default=1, metavar="N", help="inputs to compare (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench_attention"), metavar="DIR", help="default: %(default)s")
     return parser.parse_args()
 
@@ -276,6 +285,13 @@ def load_tokens(directory: Path, length: int) -> Array:
     if len(tokens) < length:
         raise UsageError(f"--length {length}: the shards in {directory} hold only {len(tokens)} tokens")
     return jnp.asarray(tokens, jnp.int32)
+
+
+def random_inputs(shape: tuple[int, int, int], seed: int) -> tuple[Array, Array, Array, Array]:
+    q, k, v, d_output = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seed), 4)
+    )
+    return q, k, v, d_output
 
 
 def make_peers(names: list[str], documents_T: Array, head_width: int) -> dict[str, Peer]:
@@ -301,12 +317,12 @@ def make_peers(names: list[str], documents_T: Array, head_width: int) -> dict[st
 
 def main() -> None:
     options = parse_arguments()
-    if min(options.windows) < 1:
-        raise UsageError("--windows: must be at least 1")
+    for name, smallest in (("--windows", min(options.windows)), ("--draws", options.draws)):
+        if smallest < 1:
+            raise UsageError(f"{name}: must be at least 1")
     tokens = load_tokens(options.data, options.length)
     shape = (options.length, options.heads, options.head_width)
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, d_output = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    draws = [random_inputs(shape, seed) for seed in range(options.draws)]
     documents_T = long_short_masks(tokens, 1)[0].documents
     peers, ceiling, rows = make_peers(options.peers, documents_T, options.head_width), matmul_ceiling(), []
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {shape[0]}, H = {shape[1]}, K = {shape[2]}, "
@@ -315,12 +331,15 @@ def main() -> None:
     for window in sorted(options.windows):
         for kind, mask in zip(("long", "short"), jax.jit(long_short_masks)(tokens, window), strict=True):
             blocks = window if kind == "long" else max(window // 2, 1)
-            case = Case(window, kind, blocks, mask, (q, k, v, d_output))
-            truth = None
+            cases = [Case(window, kind, blocks, mask, inputs) for inputs in draws]
+            truths: list[list[np.ndarray]] = []
             if not options.no_errors:
-                truth = [np.asarray(x) for x in float32_truth(case.inputs, mask.documents, jnp.int32(blocks))]
+                truths = [
+                    [np.asarray(x) for x in float32_truth(case.inputs, mask.documents, jnp.int32(blocks))]
+                    for case in cases
+                ]
             for name, peer in peers.items():
-                for row in measure(case, name, peer(case), truth, ceiling):
+                for row in measure(cases[0], name, list(map(peer, cases)), truths, ceiling):
                     rows.append(row)
                     errors = "  ".join(
                         f"{largest:.1e}/{relative:.2e}"
