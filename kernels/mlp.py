@@ -26,7 +26,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from .paths import KernelPath, on_hopper
-from .residual import along_x, known_inverse_rms, linear, not_fast, weight_gradient
+from .residual import known_inverse_rms, linear, not_fast, weight_gradient
 
 
 def mlp(
@@ -106,8 +106,9 @@ def _fast_backward(interpret: bool, saved: Saved, dy_TD: Array) -> tuple[Array, 
     x_TD, scale_T, fc_FD, proj_DF, r2_TF = saved
     fc_DF, proj_FD = (weight.astype(x_TD.dtype).T for weight in (fc_FD, proj_DF))
     dz_TF, shares_PT = slope_product(dy_TD, proj_FD, scale_T, r2_TF, interpret=interpret)
-    d_scale_T = jnp.sum(shares_PT, axis=0) / (2 * scale_T**3)
-    terms = (None, dy_TD), (along_x(d_scale_T, scale_T, x_TD.shape[1]), x_TD)
+    # The shares sum to 2 s^3 times the gradient of s, which times -s^3 / D goes along x: powers of s cancel.
+    along_x_T = jnp.sum(shares_PT, axis=0) * (-0.5 / x_TD.shape[1])
+    terms = (None, dy_TD), (along_x_T, x_TD)
     dx_TD, _ = sum_product(dz_TF, fc_DF, terms, interpret=interpret)
     d_fc_FD, d_proj_DF = weight_gradient(dz_TF, x_TD, fc_FD.dtype), weight_gradient(dy_TD, r2_TF, proj_DF.dtype)
     return dx_TD, jnp.zeros_like(scale_T), d_fc_FD, d_proj_DF
