@@ -42,7 +42,7 @@ def slope_product(
     """
 
     def slope(scale: Values, r2: Values) -> Array:
-        return 2 * jnp.sqrt(r2[0]) * rows(scale[0], SHAPE)
+        return 2 * jnp.sqrt(r2[0].astype(jnp.float32)) * rows(scale[0], SHAPE)
 
     def finish(d_r2: Values, scale: Values, narrow: Values, slopes: Values) -> tuple[Values, Values]:
         del scale, narrow

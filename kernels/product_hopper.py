@@ -84,7 +84,7 @@ class Epilogue(NamedTuple):
     rows: float32 (T,), of which both functions get a value for each row.
     narrow: float32 (T, R), of which `finish` gets all R columns.
     tiles: bf16 (T, N), at most two, of which `keep` gets a part of 64 columns.
-    keep: (row values, parts of the tiles) -> one part, rounded to bf16.
+    keep: (row values, bf16 parts of the tiles) -> one part, rounded to bf16.
     unit: parts of a tile that `finish` gets together.
     row_results: float32 values for each row that `finish` returns with a unit.
     """
@@ -212,7 +212,7 @@ def product(
                     for copy in copies:
                         plgpu.barrier_wait(barriers.part_ready.at[warpgroup * SLOTS + copy % SLOTS])
                         buffer = smem.part.at[warpgroup, copy % SLOTS]
-                        arrived.append(plgpu.load(buffer, layout=plgpu.Layout.WGMMA).astype(jnp.float32))
+                        arrived.append(plgpu.load(buffer, layout=plgpu.Layout.WGMMA))
                     # Made now, while the tensor cores are busy.
                     kept.append(lax.optimization_barrier(epilogue.keep(row_values, arrived).astype(jnp.bfloat16)))
                     plgpu.commit_smem()  # all threads have read the slots
@@ -233,6 +233,11 @@ def product(
                     plgpu.barrier_arrive(barriers.free.at[previous])
                     return slot
 
+                def steps_from(slot: Array, count: int) -> Array:
+                    # The quotient is 0. A loop whose length the compiler knows it unrolls, and moves all keeping to the
+                    # end of the tile.
+                    return lax.fori_loop(0, count + lax.div(slot, stages), next_step, slot)
+
                 multiply(slot)
                 done = 1
                 if tile_refs:
@@ -241,10 +246,10 @@ def product(
                         fetch(copy)
                     for part in range(parts):
                         until = max(done, steps * (part + 2) // (parts + 2))
-                        slot = lax.fori_loop(done, until, next_step, slot)
+                        slot = steps_from(slot, until - done)
                         keep(part)
                         done = until
-                slot = lax.fori_loop(done, steps, next_step, slot)
+                slot = steps_from(slot, steps - done)
 
                 # An accumulator's registers are single, but bfloat16 is rounded in pairs.
                 value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)

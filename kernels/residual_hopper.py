@@ -25,8 +25,8 @@ def sum_product(
 
     Args:
       x_TD, w_ND: bf16.
-      terms: at most two (T, N) bf16 arrays, each with its factor of every row, (T,) float32, or None for 1. Their sum
-        is rounded to bf16 before the product joins it.
+      terms: at most two (T, N) bf16 arrays, each with its factor of every row, (T,) float32, or None for 1. Factors,
+        their products and the sum of these are rounded to bf16 before the matrix product joins them.
       factor_T: f, float32; None for 1.
       squares: return as well, (parts, T) float32, parts of every row's sum of squares.
     """
@@ -35,9 +35,12 @@ def sum_product(
     given = [factor is not None for factor in factors]
 
     def times(number: int, row_values: Values, part: Array) -> Array:
-        return part * rows(row_values[sum(given[:number])], shape) if given[number] else part
+        if not given[number]:
+            return part
+        return part * rows(row_values[sum(given[:number])].astype(part.dtype), shape)
 
     def keep(row_values: Values, parts: Values) -> Array:
+        # In pairs of bf16: as float32 they would not fit beside the accumulator.
         weighted = [times(i, row_values, part) for i, part in enumerate(parts, start=1)]
         return sum(weighted[1:], start=weighted[0])
 
