@@ -185,22 +185,39 @@ def product(
             warpgroup = lax.axis_index("warpgroup")
             half = pl.ds(warpgroup * HALF, HALF)
 
-            def one_tile(i: Array, slot: Array, acc: Ref) -> Array:
+            def place(i: Array) -> tuple[pl.Slice, Array]:
+                """This warpgroup's rows of the i-th tile, and the tile's number among those of the same rows."""
                 row, column_tile = corner(i)
-                own = pl.ds(row + warpgroup * HALF, HALF)
+                return pl.ds(row + warpgroup * HALF, HALF), column_tile
+
+            def columns(column_tile: Array, part: int) -> pl.Slice:
+                return pl.ds(column_tile * config.columns + part * PART, PART)
+
+            def leave(i: Array, part: int, result: Array) -> None:
+                own, column_tile = place(i)
+                if part == 0:
+                    for j in range(row_results):
+                        target = row_out[0].at[column_tile * row_results + j, own]
+                        plgpu.copy_smem_to_gmem(smem.row.at[warpgroup, j], target)
+                buffer = smem.part.at[warpgroup, part % SLOTS]
+                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                buffer[...] = result
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(buffer, out.at[own, columns(column_tile, part)])
+
+            def one_tile(i: Array, slot: Array, last: Values, acc: Ref) -> tuple[Array, ...]:
+                """Multiply the i-th tile while the `last` one's parts leave; the next slot and this tile's parts."""
+                own, column_tile = place(i)
                 row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in row_refs]
                 narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in narrow_refs]
                 kept: Values = []
-
-                def columns(part: int) -> pl.Slice:
-                    return pl.ds(column_tile * config.columns + part * PART, PART)
 
                 def fetch(copy: int) -> None:
                     """Copies go round the slots: all tiles' of part 0, then of part 1, ..."""
                     part, which = divmod(copy, len(tile_refs))
                     if part < parts:
                         plgpu.copy_gmem_to_smem(
-                            tile_refs[which].at[own, columns(part)],
+                            tile_refs[which].at[own, columns(column_tile, part)],
                             smem.part.at[warpgroup, copy % SLOTS],
                             barriers.part_ready.at[warpgroup * SLOTS + copy % SLOTS],
                         )
@@ -226,7 +243,7 @@ def product(
                 def after(slot: Array) -> Array:
                     return jnp.where(slot == stages - 1, 0, slot + 1)
 
-                def next_step(_: Array, previous: Array) -> Array:
+                def next_step(_: Any, previous: Array) -> Array:
                     slot = after(previous)
                     multiply(slot)
                     plgpu.wgmma_wait(1)
@@ -240,49 +257,52 @@ def product(
 
                 multiply(slot)
                 done = 1
+                for part in range(parts):
+                    if done < steps:
+                        slot, done = next_step(done, slot), done + 1
+                    pl.when(i > 0)(functools.partial(leave, i - 1, part, last[part]))
                 if tile_refs:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's parts
+                    if done < steps:
+                        slot, done = next_step(done, slot), done + 1
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for copy in range(SLOTS):
                         fetch(copy)
+                    rest = steps - done
                     for part in range(parts):
-                        until = max(done, steps * (part + 2) // (parts + 2))
-                        slot = steps_from(slot, until - done)
+                        until = steps - rest + rest * (part + 2) // (parts + 2)
+                        slot, done = steps_from(slot, until - done), until
                         keep(part)
-                        done = until
                 slot = steps_from(slot, steps - done)
 
                 # An accumulator's registers are single, but bfloat16 is rounded in pairs.
                 value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
                 plgpu.barrier_arrive(barriers.free.at[slot])
+                results: Values = []
                 for unit in range(units):
                     members = range(unit * epilogue.unit, (unit + 1) * epilogue.unit)
-                    results, of_rows = epilogue.finish(
+                    of_parts, of_rows = epilogue.finish(
                         [value[:, part * PART : (part + 1) * PART] for part in members],
                         row_values,
                         narrow,
                         [kept[part] for part in members if kept],
                     )
-                    for part, result in zip(members, results, strict=True):
-                        buffer = smem.part.at[warpgroup, part % SLOTS]
-                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                        buffer[...] = result.astype(jnp.bfloat16)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(buffer, out.at[own, columns(part)])
+                    results += [result.astype(jnp.bfloat16) for result in of_parts]
                     for j, of_row in enumerate(of_rows, start=unit * epilogue.row_results):
                         smem.row[warpgroup, j] = of_row
                 if row_results:
-                    # The waits above have seen the last tile's copies: the parts came after them.
                     plgpu.commit_smem()
-                    for j in range(row_results):
-                        plgpu.copy_smem_to_gmem(smem.row.at[warpgroup, j], row_out[0].at[column_tile * row_results + j, own])
-                return after(slot)
+                return after(slot), *results
 
-            def next_tile(i: Array, slot: Array) -> Array:
-                return pl.run_scoped(
-                    functools.partial(one_tile, i, slot), plgpu.ACC((HALF, config.columns), jnp.float32)
-                )
+            def next_tile(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                slot, *last = carry
+                acc = plgpu.ACC((HALF, config.columns), jnp.float32)
+                result: tuple[Array, ...] = pl.run_scoped(functools.partial(one_tile, i, slot, last), acc)
+                return result
 
-            lax.fori_loop(0, count, next_tile, first_slot)
+            nothing = plgpu.layout_cast(jnp.zeros((HALF, PART), jnp.bfloat16), plgpu.Layout.WGMMA)
+            _, *last = lax.fori_loop(0, count, next_tile, (first_slot, *[nothing] * parts))
+            for part, result in enumerate(last):
+                leave(count - 1, part, result)
             plgpu.wait_smem_to_gmem(0)
 
         split_roles(produce, consume, HopperConfig(stages=stages))
