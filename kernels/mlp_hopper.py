@@ -51,8 +51,6 @@ def slope_product(
         shares = sum((a * b).astype(jnp.float32) for a, b in zip(dz, slopes, strict=True))
         return dz, [shares.sum(axis=1)]
 
-    epilogue = Epilogue(
-        finish, rows=[scale_T], tiles=[r2_TF], keep=slope, unit=config.columns // PART, row_results=1
-    )
+    epilogue = Epilogue(finish, rows=[scale_T], tiles=[r2_TF], keep=slope, unit=config.columns // PART, row_results=1)
     dz_TF, sums_PT = product("mlp_slope", dy_TD, proj_FD, epilogue, config=config, interpret=interpret)
     return dz_TF, sums_PT

@@ -4,37 +4,36 @@ x W^T, x (T, D), W (N, D), is what cuBLAS does as well. What it leaves to passes
 written only to be read once more, happens here while a tile of the result is in registers: an `Epilogue` says what.
 
 One program a multiprocessor walks over tiles of 128 x 256, all columns of a few rows before the next rows, so that W
-stays in L2 and x comes from memory once. Two programs that stand on neighbouring rows form a cluster: they multiply the
-same W, of which each fetches half for both. Three warpgroups:
+stays in L2 and x comes from memory once. Three warpgroups:
 
     producer       x0 W0  x1 W1  x2 W2 ...      a ring of `stages` steps of 64 channels
-    warpgroup 0    | 0 1 2 .. 11 | out  | 0 1 2 .. 11 | out  |         rows  0- 63 of a tile
-    warpgroup 1       | 0 1 2 .. 11 | out  | 0 1 2 .. 11 | out  |      rows 64-127
+    warpgroup 0    0 1 2 .. 11 | 0 1 2 .. 11 |          rows  0- 63 of a tile
+    warpgroup 1    0 1 2 .. 11 | 0 1 2 .. 11 |          rows 64-127
 
-A warpgroup's accumulator fills half of its registers, so it cannot write out a tile and multiply the next one at the
-same time. But the other can: nothing keeps the two in step, and once they are apart they stay so, since each gets half
-of the tensor cores while both multiply, and all of them while the other one writes. (To hold one back on purpose cost
-2 to 5 %: docs/performance.md.)
+A warpgroup's accumulator fills half of its registers, so it cannot hold two. But a finished tile as bf16 takes a
+quarter. So between two tiles it only rounds, and the result leaves while the next tile is multiplied, a part of 64
+columns at a time. Likewise what an epilogue reads of (T, N) arrays arrives during the product, and what it makes of it
+waits in registers as bf16:
 
-What an epilogue reads of (T, N) arrays arrives during the product, a quarter of the tile at a time, and what it makes
-of it waits in registers as bf16:
+    step     0      1        2        3        4        5              7         8         9         10        11
+    leaves          part 0   part 1   part 2   part 3
+    comes                                               fetch 0, 1     keep 0,   keep 1,   keep 2    keep 3    finish
+                                                                       fetch 2   fetch 3
+    waits    last tile's parts, ever fewer .........    this tile's kept parts, ever more .................    result
 
-    fetch 0, 1 | .. | keep 0, fetch 2 | .. | keep 1, fetch 3 | .. | keep 2 | .. | keep 3 | .. | finish, out 0, 1, 2, 3
-
-through the two buffers per warpgroup that the result then leaves by.
+All through the same two buffers per warpgroup.
 
 Barriers (s a slot of the ring; every count is per use, and no use begins before all have seen the last):
 
-    ready[s]     2 copies                       producer: fills s              both warpgroups, before they multiply
-    free[s]      warpgroups of the cluster      warpgroups: s is multiplied    producers, before they fill s again
-    part_ready   1                              a warpgroup: fetches           itself, before it keeps
+    ready[s]     2 copies         producer: fills s              both warpgroups, before they multiply
+    free[s]      2 warpgroups     warpgroups: s is multiplied    producer, before it fills s again
+    part_ready   1                a warpgroup: fetches           itself, before it keeps
 
     producer     fill 0 1 2 3 | free[0] fill 0 | free[1] fill 1 | ..                               | free[0] .. free[3]
     a warpgroup  ready[0] mul | ready[1] mul, free[0]! | ready[2] mul, free[1]! | ..               (! signals)
 
 Nobody waits in a circle: warpgroups wait for the producer alone, and a slot is freed when the next step has been
-issued, which takes 2 stages. Last, a producer waits for all slots, and thereby for every arrival of its cluster: no
-program ends while another writes to it or signals it.
+issued, which takes 2 stages.
 """
 
 import functools
@@ -48,7 +47,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .attention_hopper_config import MULTIPROCESSORS, HopperConfig
-from .attention_hopper_ops import ROW, Ref, rows, split_roles, tile
+from .attention_hopper_ops import ROW, Ref, launch, split_roles, tile
 
 WARPGROUPS = 2
 HALF = 64
@@ -64,13 +63,12 @@ class Config(NamedTuple):
 
     `columns` of a tile: a multiple of 64, at most 256. `channels` of a step: 32 or 64. `stages`: steps in shared
     memory, at least 2; 64 channels of 256 columns and the rows take 48 KiB, and the parts on their way 32, of 227 in
-    all. `cluster`: programs that share W, 1 or 2.
+    all. Programs that share W in clusters of two were no faster, and most were slower.
     """
 
     columns: int = 256
     channels: int = 64
     stages: int = 4
-    cluster: int = 2
 
 
 CONFIG = Config()
@@ -135,10 +133,9 @@ def product(
     (length, width), outputs = x_TD.shape, w_ND.shape[0]
     steps, parts = width // config.channels, config.columns // PART
     stages = min(config.stages, steps)
-    cluster = config.cluster if length % (config.cluster * ROWS) == 0 else 1
-    row_tiles, column_tiles = length // (cluster * ROWS), outputs // config.columns
-    # The interpreter runs one cluster after the other: several tiles for each are what needs a test.
-    programs = min(row_tiles * column_tiles, 2 if interpret else MULTIPROCESSORS // cluster)
+    row_tiles, column_tiles = length // ROWS, outputs // config.columns
+    # The interpreter runs one program after the other: several tiles for each are what needs a test.
+    programs = min(row_tiles * column_tiles, 2 if interpret else MULTIPROCESSORS)
     units = parts // epilogue.unit
     row_results = units * epilogue.row_results
     inputs = (epilogue.rows, epilogue.narrow, epilogue.tiles)
@@ -153,10 +150,7 @@ def product(
         def corner(i: Array) -> tuple[Array, Array]:
             """First row of this program's i-th tile, and its number among the tiles of these rows."""
             number = program + i * programs
-            row_tile = lax.div(number, column_tiles) * cluster
-            if cluster > 1:
-                row_tile += lax.axis_index("pair")
-            return row_tile * ROWS, lax.rem(number, column_tiles)
+            return lax.div(number, column_tiles) * ROWS, lax.rem(number, column_tiles)
 
         def produce() -> None:
             @pl.loop(0, count)
@@ -171,12 +165,8 @@ def product(
                     ready = barriers.ready.at[slot]
                     pl.when(number >= stages)(lambda: plgpu.barrier_wait(barriers.free.at[slot]))
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, ROWS), channels], smem.x.at[slot], ready)
-                    plgpu.copy_gmem_to_smem(
-                        w.at[pl.ds(column_tile * config.columns, config.columns), channels],
-                        smem.w.at[slot],
-                        ready,
-                        collective_axes="pair" if cluster > 1 else None,
-                    )
+                    columns = pl.ds(column_tile * config.columns, config.columns)
+                    plgpu.copy_gmem_to_smem(w.at[columns, channels], smem.w.at[slot], ready)
 
             for slot in range(stages):  # every completion of a barrier must be awaited, the last one too
                 plgpu.barrier_wait(barriers.free.at[slot])
@@ -307,18 +297,14 @@ def product(
 
         split_roles(produce, consume, HopperConfig(stages=stages))
 
-    free: Any = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    shared: dict[str, Any] = {}
-    if cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=WARPGROUPS, num_barriers=stages)
-        shared = {"cluster": (cluster,), "cluster_names": ("pair",)}
     out_types = [jax.ShapeDtypeStruct((length, outputs), jnp.bfloat16)]
     if row_results:
         out_types.append(jax.ShapeDtypeStruct((column_tiles * row_results, length), jnp.float32))
-    result: list[Array] = plgpu.kernel(
+    run = launch(
         body,
-        out_type=out_types,
-        scratch_types=dict(
+        name,
+        out_types,
+        dict(
             smem=Buffers(
                 x=tile(stages, ROWS, config.channels),
                 w=tile(stages, config.columns, config.channels),
@@ -327,20 +313,14 @@ def product(
             ),
             barriers=Barriers(
                 ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                free=free,
+                free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
                 part_ready=plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),
             ),
         ),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        **shared,
-        kernel_name=name,
-        # All barriers are explicit.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(x_TD, w_ND, *epilogue.rows, *epilogue.narrow, *epilogue.tiles)
+        programs=programs,
+        interpret=interpret,
+    )
+    result: list[Array] = run(x_TD, w_ND, *epilogue.rows, *epilogue.narrow, *epilogue.tiles)
     return result
 
 
