@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -65,8 +66,12 @@ class Loop:
             self._say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=self.split)
         began = time.perf_counter()
-        train_step = self.program.train_step.lower(state, sequences, sequences).compile()
-        evaluate = self.program.evaluate.lower(state, *validation).compile()
+        lowered = (
+            self.program.train_step.lower(state, sequences, sequences),
+            self.program.evaluate.lower(state, *validation),
+        )
+        with ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock
+            train_step, evaluate = pool.map(jax.stages.Lowered.compile, lowered)
         self._say(f"compiled in {time.perf_counter() - began:.1f} s")
 
         start, position, val_loss = resumed or 0, batches.position(), math.nan

@@ -111,7 +111,11 @@ class Barriers(NamedTuple):
 
 def unsupported_shape(tokens: int, width: int, columns: int) -> str | None:
     """What keeps a product of (tokens, width) and (columns, width) from the kernel, if anything does."""
-    for what, size, multiple in (("T", tokens, ROWS), ("D", width, 64), ("N", columns, CONFIG.columns)):
+    for what, size, multiple in (
+        ("T", tokens, ROWS),
+        ("channels into each product", width, 64),
+        ("channels out of each product", columns, CONFIG.columns),
+    ):
         if size % multiple or not size:
             return f"{what} a multiple of {multiple}, got {size}"
     return None

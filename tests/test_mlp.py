@@ -11,15 +11,17 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.mlp import fast_mlp_supported, mlp
-from jax_speedrun.kernels.mlp_hopper import Config, relu_squared_product, slope_product
+from jax_speedrun.kernels.mlp_hopper import relu_squared_product, slope_product
+from jax_speedrun.kernels.product_hopper import Config
 from jax_speedrun.kernels.residual import inverse_rms
 
 BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
-SIZES = {"tokens": 512, "width": 128, "hidden": 512}  # two tiles for each of two programs in a cluster
+EPSILON = 2.0**-23
+SIZES = {"tokens": 512, "width": 256, "hidden": 512}  # several tiles for each of two programs
 
 
 def inputs(case, tokens, width, hidden):
-    """x, scale, fc, proj and the output's gradient; x and the gradient are bfloat16, and so are the weights' values."""
+    """x, fc, proj and the output's gradient; x and the gradient are bfloat16, and so are the weights' values."""
     rng = np.random.default_rng(len(case))
     x, dy = rng.standard_normal((2, tokens, width))
     fc, proj = (rng.standard_normal(shape) * shape[1] ** -0.5 for shape in ((hidden, width), (width, hidden)))
@@ -27,30 +29,29 @@ def inputs(case, tokens, width, hidden):
         x, fc = np.abs(x), -np.abs(fc)
     if case == "zero rows":
         x[::3], dy[1::3], fc[::5] = 0, 0, 0
-    scale = np.exp(rng.standard_normal(tokens))
     if case == "huge":
         x, dy = 1e12 * x, 1e5 * dy
-    if case == "huge, scaled":
-        x, scale = 1e20 * x, 1e-20 * scale
     if case == "tiny":
         x, dy = 1e-14 * x, 1e-5 * dy
+    if case == "each token its own":
+        x *= 10.0 ** rng.integers(-5, 6, (tokens, 1))
     rounded = [jnp.asarray(a, jnp.bfloat16) for a in (x, fc, proj, dy)]
     fc, proj = (weight.astype(jnp.float32) for weight in rounded[1:3])
-    return rounded[0], jnp.asarray(scale, jnp.float32), fc, proj, rounded[3]
+    return rounded[0], fc, proj, rounded[3]
 
 
 def float64(arrays):
     return [np.asarray(a, np.float64) for a in arrays]
 
 
-def truth(x, scale, fc, proj, dy):
+def truth(x, fc, proj, dy):
     """Output and gradients in float64, each with how far it may be off: sums in float32, results in bfloat16.
 
     h is off by its sum, r2 by that and a rounding, and so on through the chain; the fast path also rounds the slope,
-    the plain one h instead.
+    the plain one h instead, and products before they join the residual.
     """
-    x, scale, fc, proj, dy = float64((x, scale, fc, proj, dy))
-    scale = scale[:, None]
+    x, fc, proj, dy = float64((x, fc, proj, dy))
+    scale = 1 / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON)
 
     def product(a, a_off, b, transposed=False):
         """a b^T or a^T b, with a known to within `a_off`."""
@@ -64,33 +65,39 @@ def truth(x, scale, fc, proj, dy):
     root = np.maximum(h, 0)
     r2, r2_off = root**2, 2 * root * h_off + h_off**2 + BF16 * root**2
     y, y_off = product(r2, r2_off, proj)
+    y, y_off = x + y, y_off + BF16 * np.abs(y)
     d_r2, d_r2_off = product(dy, 0 * dy, proj.T)
     d_r2_off = d_r2_off + BF16 * np.abs(d_r2)
     dh = d_r2 * 2 * root
     slope_off = 2 * h_off + 2 * BF16 * 2 * root
     dh_off = d_r2_off * 2 * root + np.abs(d_r2) * slope_off + d_r2_off * slope_off + BF16 * np.abs(dh)
     dz, dz_off = scale * dh, scale * dh_off
+    d_scale, d_scale_off = np.sum(dh * z, axis=1), np.sum(dh_off * np.abs(z) + np.abs(dh) * (z_off + slope_off), axis=1)
+    along, along_off = (a[:, None] * scale**3 / x.shape[1] for a in (-d_scale, d_scale_off))
     dx, dx_off = product(dz, dz_off, fc.T)
+    # The fast path rounds the factor along x, its product with x and the sum without dz W, too.
+    dx_off += BF16 * np.abs(dx) + along_off * np.abs(x) + 3 * BF16 * np.abs(along * x) + BF16 * np.abs(dy)
+    dx += dy + along * x
     d_fc, d_fc_off = product(dz, dz_off, x, transposed=True)
     d_proj, d_proj_off = product(r2, r2_off, dy, transposed=True)
-    # By z, as the plain path has it, or by the rounded output.
-    d_scale, d_scale_off = np.sum(dh * z, axis=1), np.sum(dh_off * np.abs(z) + np.abs(dh) * z_off, axis=1)
-    d_scale_off += np.sum(2 / scale * np.abs(dy) * (y_off + BF16 * np.abs(y)), axis=1)
-    offs = y_off, dx_off, d_scale_off, d_fc_off, d_proj_off.T
-    return [(a, off + BF16 * np.abs(a)) for a, off in zip((y, dx, d_scale, d_fc, d_proj.T), offs, strict=True)]
+    offs = y_off, dx_off, d_fc_off, d_proj_off.T
+    return [(a, off + BF16 * np.abs(a)) for a, off in zip((y, dx, d_fc, d_proj.T), offs, strict=True)]
 
 
 @functools.cache
 def runner(implementation):
-    def run(x, scale, fc, proj, dy):
-        y, pull = jax.vjp(lambda *a: mlp(*a, implementation, interpret=True), x, scale, fc, proj)
+    def run(x, fc, proj, dy):
+        def output(x, fc, proj):
+            return mlp(x, inverse_rms(x, EPSILON), fc, proj, implementation, interpret=True)
+
+        y, pull = jax.vjp(output, x, fc, proj)
         return y, *pull(dy)
 
     return jax.jit(run)
 
 
 def assert_close(got, case):
-    for name, result, (want, off) in zip(("y", "dx", "d_scale", "d_fc", "d_proj"), got, case, strict=True):
+    for name, result, (want, off) in zip(("y", "dx", "d_fc", "d_proj"), got, case, strict=True):
         error = np.abs(np.asarray(result, np.float64) - want)
         assert (error <= 1.05 * off + 1e-38).all(), (name, np.max(error / (off + 1e-38)))
         # The bound lets every rounding err the same way. As they do not, they add up like their squares: an MLP has
@@ -98,7 +105,7 @@ def assert_close(got, case):
         assert np.linalg.norm(error) <= 5**0.5 * BF16 * np.linalg.norm(want), name
 
 
-CASES = ["random", "all negative", "zero rows", "huge", "huge, scaled", "tiny"]
+CASES = ["random", "all negative", "zero rows", "huge", "tiny", "each token its own"]
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
@@ -106,28 +113,39 @@ CASES = ["random", "all negative", "zero rows", "huge", "huge, scaled", "tiny"]
 def test_output_and_gradients_equal_float64(implementation, case):
     arguments = inputs(case, **SIZES)
     got = runner(implementation)(*arguments)
-    assert [a.dtype for a in got] == [jnp.bfloat16, jnp.bfloat16, *[jnp.float32] * 3]
+    assert [a.dtype for a in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
     assert_close(got, truth(*arguments))
-    if case == "all negative":
-        assert not any(np.asarray(a).any() for a in got)  # and so no NaN from the root's slope at 0
+    if case == "all negative":  # no NaN from the root's slope at 0
+        y, dx, d_fc, d_proj = got
+        np.testing.assert_array_equal(y, arguments[0])
+        np.testing.assert_array_equal(dx, arguments[3])
+        assert not np.asarray(d_fc).any()
+        assert not np.asarray(d_proj).any()
 
 
-def test_rows_without_a_neighbour():
-    """Three tiles of rows make no pairs, so no clusters; three steps are fewer than the ring has slots."""
-    arguments = inputs("random", tokens=384, width=192, hidden=256)
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+def test_the_scale_is_no_variable_of_its_own(implementation):
+    x, fc, proj, dy = inputs("random", **SIZES)
+    scale, pull = inverse_rms(x, EPSILON), lambda s: mlp(x, s, fc, proj, implementation, interpret=True)
+    (d_scale,) = jax.vjp(pull, scale)[1](dy)
+    assert not np.asarray(d_scale).any()
+
+
+def test_an_odd_number_of_tiles():
+    arguments = inputs("random", tokens=384, width=256, hidden=256)
     assert_close(runner("fast")(*arguments), truth(*arguments))
 
 
 def test_bfloat16_weights_get_bfloat16_gradients():
-    x, scale, fc, proj, dy = inputs("random", 128, 64, 256)
-    got = runner("fast")(x, scale, fc.astype(jnp.bfloat16), proj.astype(jnp.bfloat16), dy)
-    assert [a.dtype for a in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    assert_close(got, truth(x, scale, fc, proj, dy))
+    x, fc, proj, dy = inputs("random", 128, 256, 256)
+    got = runner("fast")(x, fc.astype(jnp.bfloat16), proj.astype(jnp.bfloat16), dy)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 4
+    assert_close(got, truth(x, fc, proj, dy))
 
 
 CONFIGS = [
     Config(),
-    Config(columns=128, stages=3, cluster=1),
+    Config(columns=128, stages=3),
     Config(columns=192, channels=32, stages=8),
 ]
 
@@ -145,9 +163,12 @@ def test_every_value_lands_in_its_place(config):
     r2 = relu_squared_product(one_hot, w, jnp.asarray(scale[:, 0]), config=config, interpret=True)
     np.testing.assert_array_equal(np.asarray(r2), ((scale * np.maximum(h, 0)) ** 2).astype(ml_dtypes.bfloat16))
 
-    dz = slope_product(one_hot, w, jnp.asarray(scale[:, 0]), r2, config=config, interpret=True)
+    dz, shares = slope_product(one_hot, w, jnp.asarray(scale[:, 0]), r2, config=config, interpret=True)
     slope = (2 * scale * np.sqrt(np.asarray(r2, np.float64))).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(dz), (h * slope).astype(ml_dtypes.bfloat16))
+    shares_wanted = (np.asarray(dz, np.float64) * slope).sum(axis=1)
+    size = np.abs(np.asarray(dz, np.float64) * slope).sum(axis=1)
+    assert (np.abs(shares.sum(axis=0) - shares_wanted) <= BF16 * size).all()
     # The root of the rounded square, before its own rounding, is nearer to relu(h) than bfloat16 can say.
     root, relu = np.sqrt(np.asarray(r2, np.float64)), scale * np.maximum(h, 0)
     assert (np.abs(root - relu) <= 1.01 * BF16 / 2 * relu).all()
@@ -166,7 +187,7 @@ def test_fast_lowers_for_cuda_at_full_size():
     ]
     gradient = jax.jit(jax.grad(lambda *a: mlp(*a, "fast").astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)))
     text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("mlp_relu_squared", "mlp_slope"):
+    for kernel in ("mlp_relu_squared", "mlp_slope", "sum_product"):
         assert kernel in text
     assert "65536x3072xf32" not in text
     for pointwise in ("maximum", "sqrt"):
@@ -177,7 +198,7 @@ def test_fast_lowers_in_a_sharded_scan():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def local_loss(x, fc, proj):
-        layer = jax.checkpoint(lambda x, _: (x + mlp(x, inverse_rms(x, 1e-6), fc, proj, "fast"), None))
+        layer = jax.checkpoint(lambda x, _: (mlp(x, inverse_rms(x, 1e-6), fc, proj, "fast"), None))
         return jax.lax.pmean(jax.lax.scan(layer, x[0], length=3)[0].astype(jnp.float32).sum(), "data")
 
     def loss(*args):
@@ -186,7 +207,7 @@ def test_fast_lowers_in_a_sharded_scan():
 
     shapes = [
         jax.ShapeDtypeStruct(s, d)
-        for s, d in (((2, 256, 128), "bfloat16"), ((256, 128), "float32"), ((128, 256), "float32"))
+        for s, d in (((2, 256, 256), "bfloat16"), ((512, 256), "float32"), ((256, 512), "float32"))
     ]
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "mlp_slope" in lowered.as_text()
@@ -198,8 +219,9 @@ def test_fast_lowers_in_a_sharded_scan():
         ({}, "float32", "bfloat16, got float32"),
         ({"tokens": 64}, "bfloat16", "T a multiple of 128, got 64"),
         ({"tokens": 0}, "bfloat16", "T a multiple of 128, got 0"),
-        ({"width": 96}, "bfloat16", "D a multiple of 64, got 96"),
-        ({"hidden": 384}, "bfloat16", "F a multiple of 256, got 384"),
+        ({"width": 96}, "bfloat16", "channels into each product a multiple of 64, got 96"),
+        ({"width": 128}, "bfloat16", "channels out of each product a multiple of 256, got 128"),
+        ({"hidden": 384}, "bfloat16", "channels out of each product a multiple of 256, got 384"),
     ],
 )
 def test_what_fast_does_not_take_is_said(change, dtype, message):
@@ -212,7 +234,8 @@ def test_what_fast_does_not_take_is_said(change, dtype, message):
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
 def test_arrays_that_do_not_fit_together(implementation):
-    x, scale, fc, proj, _ = inputs("random", 128, 64, 256)
+    x, fc, proj, _ = inputs("random", 128, 64, 256)
+    scale = inverse_rms(x, EPSILON)
     for arguments in ((x, scale, fc, fc), (x, scale, proj, fc), (x[None], scale, fc, proj)):
         with pytest.raises(ValueError, match=r"mlp needs x \(T, D\), fc \(F, D\) and proj \(D, F\), got"):
             mlp(*arguments, implementation)

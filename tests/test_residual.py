@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from jax_speedrun.kernels.mlp import relu_squared
-from jax_speedrun.kernels.residual import inverse_rms
+from jax_speedrun.kernels.product_hopper import Config
+from jax_speedrun.kernels.residual import add_linear, inverse_rms, known_inverse_rms
+from jax_speedrun.kernels.residual_hopper import sum_product
 from tests.scripts import load_script
 
 T, D, F, EPSILON = 48, 32, 80, 2.0**-23
+BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
 
 
 def inputs(case):
@@ -41,16 +44,22 @@ def gradients(x, w, d_out):
     return r * (d_n - n * np.mean(d_n * n, axis=1, keepdims=True)), d_z.T @ n
 
 
-@jax.jit
 def product_then_norm(x, w):
     return relu_squared(jnp.dot(x, w.T, precision="highest"), inverse_rms(x, EPSILON))
 
 
+def product_then_known_norm(x, w):
+    """Of the inverse RMS only its value is told."""
+    scale = known_inverse_rms(x, jax.lax.stop_gradient(inverse_rms(x, EPSILON)))
+    return relu_squared(jnp.dot(x, w.T, precision="highest"), scale)
+
+
 @pytest.mark.parametrize("case", ["random", "huge", "tiny", "each token its own", "zeros"])
-def test_norm_after_the_product_equals_norm_before_it(case):
+@pytest.mark.parametrize("function", [product_then_norm, product_then_known_norm])
+def test_norm_after_the_product_equals_norm_before_it(function, case):
     x, w, d_out = inputs(case)
     wide = [a.astype(np.float64) for a in (x, w, d_out)]
-    out, pull = jax.vjp(product_then_norm, x, w)
+    out, pull = jax.vjp(jax.jit(function), x, w)
     n, _, want = norm_then_product(*wide[:2])
     size = (np.abs(n) @ np.abs(wide[1]).T) ** 2  # of the terms that may cancel
     assert (np.abs(out - want) <= 1e-5 * size).all()
@@ -71,6 +80,101 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once():
     r = inverse_rms(z, EPSILON)
     assert r.dtype == jnp.float32
     np.testing.assert_allclose(r, 1 / np.sqrt(np.mean(np.asarray(z, np.float64) ** 2, axis=1) + EPSILON), rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("size", [1.0, 1e12, 1e-14, 0.0])
+def test_add_linear_equals_float64(implementation, size):
+    tokens, width, channels = 384, 256, 128
+    rng = np.random.default_rng(1)
+    shapes = (tokens, width), (tokens, channels), (width, channels), (tokens, width)
+    x, y, w, d_sum = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    x, w = x * jnp.bfloat16(size), (w * jnp.bfloat16(channels**-0.5)).astype(jnp.float32)
+
+    def run(x, y, w):
+        return add_linear(x, y, w, epsilon=EPSILON, implementation=implementation, interpret=True)
+
+    (total, scale), pull = jax.vjp(jax.jit(run), x, y, w)
+    gradients = pull((d_sum, jnp.ones_like(scale)))  # the inverse RMS is a constant: what comes to it is lost
+    assert [a.dtype for a in (total, scale, *gradients)] == [
+        jnp.bfloat16,
+        jnp.float32,
+        *[jnp.bfloat16] * 2,
+        jnp.float32,
+    ]
+    x, y, w, d_sum = (np.asarray(a, np.float64) for a in (x, y, w, d_sum))
+    product = y @ w.T
+    off = BF16 * np.abs(product) + 1.01 * BF16 * np.abs(x + product) + channels * F32 * (np.abs(y) @ np.abs(w).T)
+    assert (np.abs(np.asarray(total, np.float64) - (x + product)) <= off).all()
+    of_result = 1 / np.sqrt(np.mean(np.asarray(total, np.float64) ** 2, axis=1) + EPSILON)
+    np.testing.assert_allclose(scale, of_result, rtol=BF16)  # of the sum before or after it was rounded
+    np.testing.assert_array_equal(gradients[0], d_sum)
+    for got, want, terms in (
+        (gradients[1], d_sum @ w, np.abs(d_sum) @ np.abs(w)),
+        (gradients[2], d_sum.T @ y, np.abs(d_sum).T @ np.abs(y)),
+    ):
+        error = np.abs(np.asarray(got, np.float64) - want)
+        assert (error <= 1.01 * BF16 * np.abs(want) + tokens * F32 * terms).all()
+
+
+@pytest.mark.parametrize(
+    "config", [Config(), Config(columns=128, stages=2), Config(columns=192, channels=32, stages=8)]
+)
+@pytest.mark.parametrize("terms", [0, 1, 2])
+def test_every_value_of_a_sum_lands_in_its_place(config, terms):
+    """Tokens that pick one channel, factors that are powers of two, small integers: no rounding anywhere."""
+    tokens, width, columns = 640, 192, 2 * config.columns
+    rng = np.random.default_rng(terms)
+    picks = rng.permutation(tokens) % width
+    w = rng.integers(-8, 9, (columns, width)).astype(np.float32)
+    factor, *factors = (2.0 ** rng.integers(-2, 3, (1 + terms, tokens))).astype(np.float32)
+    arrays = rng.integers(-8, 9, (terms, tokens, columns)).astype(np.float32)
+    weighted = [(jnp.asarray(f), jnp.asarray(a, jnp.bfloat16)) for f, a in zip(factors, arrays, strict=True)]
+    if terms == 2:
+        weighted[0], factors[0] = (None, weighted[0][1]), np.ones_like(factors[0])
+    one_hot = jnp.asarray(np.eye(width)[picks], jnp.bfloat16)
+    got, squares = sum_product(
+        one_hot,
+        jnp.asarray(w, jnp.bfloat16),
+        tuple(weighted),
+        jnp.asarray(factor),
+        squares=True,
+        config=config,
+        interpret=True,
+    )
+    want = factor[:, None] * w[:, picks].T + sum(f[:, None] * a for f, a in zip(factors, arrays, strict=True))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want)
+    np.testing.assert_array_equal(np.asarray(squares).sum(axis=0), (want**2).sum(axis=1))
+
+
+def test_a_ring_of_one_slot_is_refused():
+    x = jnp.zeros((128, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="stages must be at least 2, got 1"):
+        sum_product(x, jnp.zeros((256, 64), jnp.bfloat16), config=Config(stages=1), interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({}, "float32", "bfloat16, got float32"),
+        ({"tokens": 64}, "bfloat16", "T a multiple of 128, got 64"),
+        ({"channels": 96}, "bfloat16", "channels into each product a multiple of 64, got 96"),
+        ({"width": 128}, "bfloat16", "channels out of each product a multiple of 256, got 128"),
+    ],
+)
+def test_what_the_fast_sum_does_not_take_is_said(change, dtype, message):
+    sizes = {"tokens": 128, "width": 256, "channels": 64} | change
+    x, y = (jnp.zeros((sizes["tokens"], sizes[name]), dtype) for name in ("width", "channels"))
+    weight = jnp.zeros((sizes["width"], sizes["channels"]))
+    with pytest.raises(ValueError, match=f"{message}; use implementation='plain'"):
+        add_linear(x, y, weight, epsilon=EPSILON, implementation="fast")
+
+
+def test_arrays_of_a_sum_that_do_not_fit_together():
+    x, y, w = (jnp.zeros(shape, jnp.bfloat16) for shape in ((128, 256), (128, 64), (256, 64)))
+    for arguments in ((x, y, w.T), (x[None], y, w), (y, x, w)):
+        with pytest.raises(ValueError, match=r"add_linear needs x \(T, D\), y \(T, C\) and a weight \(D, C\), got"):
+            add_linear(*arguments, epsilon=EPSILON)
 
 
 def test_bench_runs_small_without_a_gpu(tmp_path, capsys):
