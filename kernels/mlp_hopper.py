@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .attention_hopper_ops import rows
-from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, product
+from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, product, row_sums
 
 SHAPE = (HALF, PART)
 
@@ -48,8 +48,7 @@ def slope_product(
         del scale, narrow
         # Pairs of bf16, never unpacked.
         dz = [a.astype(jnp.bfloat16) * b for a, b in zip(d_r2, slopes, strict=True)]
-        shares = sum((a * b).astype(jnp.float32) for a, b in zip(dz, slopes, strict=True))
-        return dz, [shares.sum(axis=1)]
+        return dz, [row_sums((a * b).astype(jnp.float32) for a, b in zip(dz, slopes, strict=True))]
 
     epilogue = Epilogue(finish, rows=[scale_T], tiles=[r2_TF], keep=slope, unit=config.columns // PART, row_results=1)
     dz_TF, sums_PT = product("mlp_slope", dy_TD, proj_FD, epilogue, config=config, interpret=interpret)

@@ -37,7 +37,7 @@ issued, which takes 2 stages.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -326,6 +326,11 @@ def product(
     )
     result: list[Array] = run(x_TD, w_ND, *epilogue.rows, *epilogue.narrow, *epilogue.tiles)
     return result
+
+
+def row_sums(parts: Iterable[Array]) -> Array:
+    """Of all columns of all parts: for `Epilogue.finish`. Across threads once, not once a part."""
+    return functools.reduce(jnp.add, parts).sum(axis=1)
 
 
 def _split(refs: tuple[Ref, ...], *sizes: int) -> list[tuple[Ref, ...]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .attention_hopper_ops import rows
-from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, product
+from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, product, row_sums
 
 
 @functools.partial(jax.jit, static_argnames=("squares", "config", "interpret"))  # lowered once, not once a layer
@@ -49,7 +49,7 @@ def sum_product(
         result = [times(0, row_values, part) for part in acc]
         if kept:
             result = [a + b.astype(jnp.float32) for a, b in zip(result, kept, strict=True)]
-        return result, [sum(part * part for part in result).sum(axis=1)] if squares else []
+        return result, [row_sums(part * part for part in result)] if squares else []
 
     epilogue = Epilogue(
         finish,

@@ -1,0 +1,37 @@
+"""Timing functions on a device, for the benchmark scripts."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def milliseconds(
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    calls: int,
+    rounds: int,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> dict[str, float]:
+    """For each function the time of a call: the median over `rounds` of the mean of `calls` calls in a row.
+
+    A round runs all functions in turn. A GPU under load lowers its clock within seconds: if one function were measured
+    to the end before the next, what comes first would look best.
+
+    Args:
+      runs: each dispatches work and returns what `wait` can wait for.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        wait(run())
+    for _ in range(rounds):
+        for name, run in runs.items():
+            wait(run())
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = run()
+            wait(result)
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: 1e3 * float(np.median(of_rounds)) for name, of_rounds in times.items()}
