@@ -19,10 +19,10 @@ from .kernels.attention import Implementation, block_sparse_attention
 from .kernels.block_mask import BlockMask, long_short_masks
 from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
-from .kernels.mlp import linear, mlp
+from .kernels.mlp import mlp
 from .kernels.paths import KernelPath
 from .kernels.qkv import qkv_to_heads
-from .kernels.residual import inverse_rms
+from .kernels.residual import add_linear, inverse_rms, linear
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
@@ -73,7 +73,8 @@ class Attention(nnx.Module):
         cos_sin: tuple[Array, Array],
         attention: Implementation,
         kernels: KernelPath,
-    ) -> Array:
+    ) -> tuple[Array, Array]:
+        """x + attention(norm(x)) and its inverse RMS."""
         qkv_TM = linear(x_TD, self.qkv_3DD[...].reshape(-1, x_TD.shape[-1]))
         q_THK, k_THK, v_THK = qkv_to_heads(
             qkv_TM,
@@ -87,18 +88,19 @@ class Attention(nnx.Module):
         )
         with jax.named_scope("attention"):
             y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=attention)
-        return linear(y_THK.reshape(y_THK.shape[0], -1), self.out_DD[...])
+        y_TC = y_THK.reshape(y_THK.shape[0], -1)
+        return add_linear(x_TD, y_TC, self.out_DD[...], epsilon=NORM_EPSILON, implementation=kernels)
 
 
 class MLP(nnx.Module):
-    """norm(x), D -> F, relu squared, F -> D."""
+    """x and what comes of it by norm, D -> F, relu squared, F -> D."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.fc_FD = nnx.Param(uniform_matrix(rngs, (config.mlp_width, config.width)))
         self.proj_DF = nnx.Param(jnp.zeros((config.width, config.mlp_width), jnp.float32))
 
-    def __call__(self, x_TD: Array, kernels: KernelPath) -> Array:
-        return mlp(x_TD, inverse_rms(x_TD, NORM_EPSILON), self.fc_FD[...], self.proj_DF[...], kernels)
+    def __call__(self, x_TD: Array, scale_T: Array, kernels: KernelPath) -> Array:
+        return mlp(x_TD, scale_T, self.fc_FD[...], self.proj_DF[...], kernels)
 
 
 class Block(nnx.Module):
@@ -120,9 +122,10 @@ class Block(nnx.Module):
         kernels: KernelPath,
     ) -> Array:
         x_TD = mix(self.lambdas[...], x_TD, x0_TD)
+        scale_T = inverse_rms(x_TD, NORM_EPSILON)
         if self.attention is not None:
-            x_TD = x_TD + self.attention(x_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
-        return x_TD + self.mlp(x_TD, kernels)
+            x_TD, scale_T = self.attention(x_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
+        return self.mlp(x_TD, scale_T, kernels)
 
 
 def model_graph(config: ModelConfig) -> nnx.GraphDef["GPT"]:
