@@ -66,12 +66,10 @@ class Loop:
             self._say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=self.split)
         began = time.perf_counter()
-        lowered = (
-            self.program.train_step.lower(state, sequences, sequences),
-            self.program.evaluate.lower(state, *validation),
-        )
-        with ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock
-            train_step, evaluate = pool.map(jax.stages.Lowered.compile, lowered)
+        with ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock, so the two go side by side
+            pending_step = pool.submit(self.program.train_step.lower(state, sequences, sequences).compile)
+            pending_evaluate = pool.submit(self.program.evaluate.lower(state, *validation).compile)
+        train_step, evaluate = pending_step.result(), pending_evaluate.result()
         self._say(f"compiled in {time.perf_counter() - began:.1f} s")
 
         start, position, val_loss = resumed or 0, batches.position(), math.nan
