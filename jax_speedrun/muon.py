@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from .banks import Buckets, lay_down, pack, unpack
+from .banks import Buckets, pack, unpack
 from .sharding import Shards
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -56,24 +56,32 @@ def newton_schulz(matrices: Array, *, steps: ArrayLike = 5, dtype: DTypeLike = B
     if matrices.ndim < 2:
         raise ValueError(f"newton_schulz needs (..., rows, columns), got shape {matrices.shape}")
     a, b, c = QUINTIC
-    # The Gram matrix below is rows x rows: cheap on the short side.
-    x = lay_down(matrices).astype(dtype)
-    wide = widen(x)
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True))
-    x = (wide / (norm + 1e-7)).astype(dtype)
+    tall = matrices.shape[-2] > matrices.shape[-1]
 
-    # Matmuls run in `dtype`, sums do not: as bfloat16 the coefficients alone (3.4445 becomes
-    # 3.4375) would move the result more than all other rounding together.
-    def polynomial(_: Array, x: Array) -> Array:
-        gram = x @ x.mT
-        inner = b * widen(gram) + c * widen(gram @ gram)
-        return (a * widen(x) + widen(inner.astype(dtype) @ x)).astype(dtype)
+    def gram_matrix(x: Array) -> Array:
+        """X X^T, or X^T X of a tall matrix: on the short side it is cheap."""
+        return x.mT @ x if tall else x @ x.mT
+
+    # The iterate is scale times x. In p(s) = a (s + b/a s^3 + c/a s^5) the leading a only multiplies the scale, which
+    # starts so that it ends as 1. What is left is x + Q x, and that a matmul does by itself: it adds x before it
+    # rounds, instead of a pass over x afterwards.
+    scale = 1 / a**steps
+    wide = widen(matrices.astype(dtype))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True))
+    x = (wide / (scale * (norm + 1e-7))).astype(dtype)
+
+    # Matmuls run in `dtype`, coefficients are not rounded to it: as bfloat16 they alone (3.4445 becomes 3.4375)
+    # would move the result more than all other rounding together.
+    def polynomial(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, scale = carry
+        gram = gram_matrix(x)
+        wide_q = scale**2 * (b / a) * widen(gram) + scale**4 * (c / a) * widen(gram @ gram)
+        q = wide_q.astype(dtype)
+        return x + (x @ q if tall else q @ x), a * scale
 
     # Unrolled, XLA sees straight-line matmuls; a while loop cannot be unrolled to a traced bound.
     unroll = True if isinstance(steps, int) else None
-    result: Array = jax.lax.fori_loop(0, steps, polynomial, x, unroll=unroll)
-    if result.shape != matrices.shape:
-        result = result.mT
+    result: Array = jax.lax.fori_loop(0, steps, polynomial, (x, scale), unroll=unroll)[0]
     return result
 
 
@@ -99,8 +107,8 @@ def muon(
     gradients with weight 1 - momentum. Leaves have shape (..., rows, columns), and
     leading axes are a batch of independent matrices: a merged (3, D, D) projection is three.
 
-    Matrices of equal shape are stacked across leaves, tall ones after transposition,
-    so that Newton-Schulz runs once per distinct shape however many layers there are.
+    Matrices of equal shape are stacked across leaves, so that Newton-Schulz runs once
+    per distinct shape however many layers there are.
 
     Args:
       learning_rate: a number, or a schedule of the number of updates made so far.
@@ -136,12 +144,21 @@ def muon(
         if shards is not None:
             gradient = jax.tree.map(shards.reduce_mean, pack(updates, shards.devices))
 
+        # Not m old + (1 - m) new: XLA takes the product (1 - m) new for part of the matmul that makes the gradient, and
+        # if it then finds cuBLAS faster, which scales nothing, the product costs a pass of its own.
         def average(old: Array, new: Array) -> Array:
-            mixed: Array = m * old + (1 - m) * new
+            mixed: Array = old + (1 - m) * (new - old)
             return mixed.astype(old.dtype)
 
-        buffers = jax.tree.map(average, state.momentum, gradient)
-        ahead = jax.tree.map(average, buffers, gradient) if nesterov else buffers
+        # One pass over gradient and momentum writes what Newton-Schulz takes as well. Left to itself, XLA comes back to
+        # both for it, and first copies the momentum, whose memory the new one gets.
+        def accumulate(old: Array, new: Array) -> tuple[Array, Array]:
+            buffer = average(old, new)
+            ahead = average(buffer, new) if nesterov else buffer
+            return jax.lax.optimization_barrier((buffer, ahead.astype(dtype)))
+
+        both = jax.tree.map(accumulate, state.momentum, gradient)
+        buffers, ahead = jax.tree.transpose(jax.tree.structure(gradient), jax.tree.structure((0, 0)), both)
         o = _orthogonalise(ahead, newton_schulz_steps, dtype)
         if shards is not None:
             o = unpack(_gather(o, shards), updates, shards.devices)
@@ -153,22 +170,17 @@ def muon(
 def _orthogonalise(tree: optax.Updates, steps: ArrayLike, dtype: DTypeLike) -> optax.Updates:
     """`newton_schulz` of each matrix, in one call per distinct shape."""
     leaves, structure = jax.tree.flatten(tree)
-    members: dict[tuple[int, int], list[int]] = defaultdict(list)
+    members: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, leaf in enumerate(leaves):
-        short, long = sorted(leaf.shape[-2:])
-        members[short, long].append(index)
+        members[leaf.shape[-2:]].append(index)
 
     results = list(leaves)
-    for (short, long), indices in members.items():
-        # Cast before stacking: the stack is a copy, and bfloat16 halves it.
-        parts = [lay_down(leaves[i].astype(dtype)).reshape(-1, short, long) for i in indices]
-        # The norm and the first iterate both read the stack: XLA would gather it anew for each, from float32.
-        gathered = jax.lax.optimization_barrier(jnp.concatenate(parts))
-        stack = newton_schulz(gathered, steps=steps, dtype=dtype)
+    for shape, indices in members.items():
+        parts = [leaves[i].reshape(-1, *shape) for i in indices]
+        stack = newton_schulz(jnp.concatenate(parts), steps=steps, dtype=dtype)
         borders = list(accumulate(len(part) for part in parts))[:-1]
         for i, part in zip(indices, jnp.split(stack, borders), strict=True):
-            tall = leaves[i].shape[-2] > leaves[i].shape[-1]
-            results[i] = (part.mT if tall else part).reshape(leaves[i].shape)
+            results[i] = part.reshape(leaves[i].shape)
     return jax.tree.unflatten(structure, results)
 
 
