@@ -145,7 +145,10 @@ def _forward(
         return (total + jnp.sum(loss_C), d_head_VD), d_x_CD.astype(x_TD.dtype)
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, d_head_VD), d_x = lax.scan(chunk_step, start, _chunks(x_TD, targets_T, chunk_tokens, multiple))
+    chunks = _chunks(x_TD, targets_T, chunk_tokens, multiple)
+    # A loop has the gradient of W in a place of its own, but cuBLAS adds its products up out of place: a copy a turn.
+    few = chunks[1].shape[0] <= 2
+    (total, d_head_VD), d_x = lax.scan(chunk_step, start, chunks, unroll=few)
     d_head_VD = d_head_VD / (gradient_scale * x_scale * tokens)
     return total / tokens, (d_x.reshape(x_TD.shape), d_head_VD.astype(head_VD.dtype), targets_T)
 

@@ -223,7 +223,7 @@ def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
 
 
 def test_fast_lowers_for_cuda_at_full_size():
-    """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0. One body serves every chunk."""
+    """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0."""
     shapes = [
         jax.ShapeDtypeStruct(s, d)
         for s, d in (((65536, 768), "bfloat16"), ((50304, 768), "float32"), ((65536,), "int32"))
