@@ -99,12 +99,15 @@ def shards_of(mesh: Mesh) -> Shards | None:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-    """XLA's options for a step in which communication overlaps with computation, where the backend knows them."""
-    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+    """XLA's options for a step, where the backend knows them: what adds to matmuls, and overlaps communication."""
+    if mesh.devices.flat[0].platform != "gpu":
         return None
-    return {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
+    # By default XLA gives every matmul to Triton, in the end finds cuBLAS faster for most, and has left the sums around
+    # them as passes of their own. This leaves plain matmuls to cuBLAS from the start, which adds while it multiplies.
+    options: dict[str, bool | int] = {"xla_gpu_triton_gemm_any": False}
+    if mesh.size > 1:
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
         # Combined into one, the buckets of gradients would all wait for the last of them.
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
-        "xla_gpu_all_gather_combine_threshold_bytes": 0,
-    }
+        options["xla_gpu_reduce_scatter_combine_threshold_bytes"] = 0
+        options["xla_gpu_all_gather_combine_threshold_bytes"] = 0
+    return options

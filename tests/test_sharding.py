@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -297,6 +298,17 @@ def test_checkpoints_fit_any_number_of_devices():
 def test_compiler_options_only_where_the_backend_knows_them():
     assert compiler_options(mesh_of(1)) is None
     assert compiler_options(mesh_of(8)) is None  # CPU
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_xla_has_the_options_that_gpus_get(devices):
+    gpus = SimpleNamespace(size=devices, devices=np.array([SimpleNamespace(platform="gpu")] * devices))
+    options = compiler_options(gpus)
+    assert ("xla_gpu_enable_latency_hiding_scheduler" in options) == (devices > 1)
+    # XLA refuses names that it does not know on any backend, and then ignores what is meant for another.
+    jax.jit(jnp.negative, compiler_options=options)(jnp.ones(3))
+    with pytest.raises(Exception, match="No such compile option"):
+        jax.jit(jnp.negative, compiler_options=options | {"xla_gpu_unheard_of": True})(jnp.ones(3))
 
 
 @functools.cache
