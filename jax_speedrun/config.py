@@ -17,7 +17,7 @@ from .kernels.block_mask import BLOCK_SIZE
 from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
 from .kernels.mlp import fast_mlp_supported
 from .kernels.paths import KernelPath
-from .kernels.qkv import fast_qkv_supported
+from .kernels.qkv import fast_heads_supported
 
 ComputeDtype = Literal["bfloat16", "float32"]
 Kernels = Literal["auto", "fast", "plain"]
@@ -192,7 +192,9 @@ def _resolve_kernels(config: Config, model: ModelConfig, device: jax.Device) -> 
             device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
         )
         and fast_mlp_supported(device, dtype, tokens=tokens, width=model.width, hidden=model.mlp_width)
-        and fast_qkv_supported(device, dtype, tokens=tokens, head_width=model.head_width)
+        and fast_heads_supported(
+            device, dtype, tokens=tokens, width=model.width, heads=model.heads, head_width=model.head_width
+        )
     )
     if config.kernels == "fast" and not supported:
         raise UsageError(

@@ -35,10 +35,8 @@ def norm(x_TD: Array) -> Array:
 
 
 def rotary(tokens: int, head_width: int) -> tuple[Array, Array]:
-    """cos and sin, each (T, K / 2), of half-truncated rotary angles: of the upper half the frequencies are 0."""
-    rotated = head_width // 4
-    frequencies = (1 / ROTARY_BASE) ** jnp.linspace(0, 1, rotated, dtype=jnp.float32)
-    frequencies = jnp.concatenate([frequencies, jnp.zeros(rotated, jnp.float32)])
+    """cos and sin of half-truncated rotary angles, each (T, K / 4): the other pairs of a head do not turn."""
+    frequencies = (1 / ROTARY_BASE) ** jnp.linspace(0, 1, head_width // 4, dtype=jnp.float32)
     angles_TR = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies
     return jnp.cos(angles_TR), jnp.sin(angles_TR)
 

@@ -203,7 +203,6 @@ def product(
                 """Multiply the i-th tile while the `last` one's parts leave; the next slot and this tile's parts."""
                 own, column_tile = place(i)
                 row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in row_refs]
-                narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in narrow_refs]
                 kept: Values = []
 
                 def fetch(copy: int) -> None:
@@ -266,6 +265,8 @@ def product(
                         until = steps - rest + rest * (part + 2) // (parts + 2)
                         slot, done = steps_from(slot, until - done), until
                         keep(part)
+                # Not earlier: the last tile's parts are in registers until they have left.
+                narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in narrow_refs]
                 slot = steps_from(slot, steps - done)
 
                 # An accumulator's registers are single, but bfloat16 is rounded in pairs.

@@ -1,6 +1,7 @@
-"""`qkv_to_heads`, plain and fast, against a float64 formula and its derivative; the fast path in the interpreter."""
+"""`project_heads`, plain and fast, against float64 with bounds from its roundings; the fast path in the interpreter."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,234 +10,340 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_speedrun.kernels.qkv import fast_qkv_supported, qkv_to_heads
+from jax_speedrun.kernels.qkv import fast_heads_supported, project_heads
+from jax_speedrun.model import rotary
 
-T, H, EPSILON = 32, 2, 2.0**-23
+EPSILON = 2.0**-23
 BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
 
 
-def inputs(width=128, seed=0, z_scale=1.0, scale=1.0, mixes=True, dtype=jnp.bfloat16, lambdas=(0.7, -0.4)):
-    """qkv, scale, value embedding, lambdas, cos, sin, and gradients of q, k, v."""
-    rng = np.random.default_rng(seed)
+class Sizes(NamedTuple):
+    tokens: int = 128
+    width: int = 256
+    heads: int = 2
+    head_width: int = 128
+    rotated: int = 32
+
+
+def inputs(case, sizes, dtype):
+    """The arguments of `project_heads`, and gradients of its results; the weights' values are bfloat16.
+
+    Gradients have a part along what they are of: otherwise sums of their products would vanish among their terms.
+    """
+    tokens, width, heads, head_width, rotated = sizes
+    rng = np.random.default_rng(len(case))
 
     def normal(*shape):
         return rng.standard_normal(shape)
 
-    angle = 100 * rng.random((T, width // 2))
-    qkv = z_scale * normal(T, 3 * H * width)
-    arrays = [jnp.asarray(a, dtype) for a in (qkv, normal(T, H * width), *normal(3, T, H, width))]
-    r = scale * (0.5 + rng.random(T))
-    float32 = [jnp.asarray(a, jnp.float32) for a in (r, lambdas, np.cos(angle), np.sin(angle))]
-    return (arrays[0], float32[0], arrays[1] if mixes else None, *float32[1:]), arrays[2:]
-
-
-def formula(qkv, scale, value_embedding, lambdas, cos, sin, xp=np):
-    """q, k, v by the textbook: a pair of channels is a complex number, which rotary multiplies by exp(-i angle)."""
-    turn = (cos - 1j * sin)[:, None]
-    q, k, v = xp.moveaxis((qkv * scale[:, None]).reshape(T, 3, H, -1), 1, 0)
-
-    def normed_and_rotated(y):
-        half = y.shape[-1] // 2
-        y = y / xp.sqrt((y**2).mean(-1, keepdims=True) + EPSILON)
-        pairs = (y[..., :half] + 1j * y[..., half:]) * turn
-        return xp.concatenate([pairs.real, pairs.imag], axis=-1)
-
-    mixed = lambdas[0] * v
-    if value_embedding is not None:
-        mixed = mixed + lambdas[1] * value_embedding.reshape(v.shape)
-    return normed_and_rotated(q), normed_and_rotated(k), mixed
+    channels = heads * head_width
+    x, embedding = normal(tokens, width), normal(tokens, channels)
+    weights, lambdas = normal(3, channels, width) * width**-0.5, [0.7, -0.4]
+    r = np.exp(0.5 * normal(tokens))
+    angles = 100 * rng.random((tokens, rotated))
+    if case == "lambda_0 = 0":
+        lambdas[0] = 0
+    if case == "huge":
+        x, r = 1e15 * x, 1e-15 * r
+    if case == "near epsilon":
+        weights[:2] *= 3e-4
+    if case == "tiny":
+        x, r = 1e-12 * x, EPSILON**-0.5 * r
+    if case == "zeros":
+        x[::3], weights[0, :head_width], r[5] = 0, 0, 0
+    x, weights, embedding = (jnp.asarray(a, dtype) for a in (x, weights, embedding))
+    r, lambdas, cos, sin = (jnp.asarray(a, jnp.float32) for a in (r, lambdas, np.cos(angles), np.sin(angles)))
+    weights = weights.astype(jnp.float32)
+    embedding = None if case == "no value embedding" else embedding
+    arguments = x, r, weights, embedding, lambdas, cos, sin
+    results = formula(*float64(arguments), heads=heads)
+    along = 0 if case == "zeros" else 0.5
+    gradients = [normal(*a.shape) + along * a / np.sqrt(np.mean(a**2)) for a in (float64([x])[0], *results)]
+    if case == "huge":
+        gradients[0] *= 1e-15
+    if case == "zeros":
+        gradients[2][7] = 0
+    return arguments, [jnp.asarray(a, dtype) for a in gradients]
 
 
 def float64(arrays):
     return [None if a is None else np.asarray(a, np.float64) for a in arrays]
 
 
-def truth(arguments, d_heads):
-    """Heads and gradients in float64."""
+def formula(x, r, weights, embedding, lambdas, cos, sin, *, heads, xp=np):
+    """q, k, v by the textbook: a pair of channels is a complex number, which rotary multiplies by exp(-i angle)."""
+    turn = (cos - 1j * sin)[:, None]
+    q, k, v = ((x @ w.T * r[:, None]).reshape(len(x), heads, -1) for w in weights)
+
+    def normed_and_rotated(y):
+        half, rotated = y.shape[-1] // 2, turn.shape[-1]
+        y = y / xp.sqrt((y**2).mean(-1, keepdims=True) + EPSILON)
+        pairs = y[..., :half] + 1j * y[..., half:]
+        pairs = xp.concatenate([pairs[..., :rotated] * turn, pairs[..., rotated:]], axis=-1)
+        return xp.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    mixed = lambdas[0] * v
+    if embedding is not None:
+        mixed = mixed + lambdas[1] * embedding.reshape(v.shape)
+    return normed_and_rotated(q), normed_and_rotated(k), mixed
+
+
+def truth(arguments, gradients, heads):
+    """q, k, v, and the gradients of x, r, W, embedding and lambdas, in float64.
+
+    r is the number that is given, and has the slope in x of 1 / sqrt(mean(x^2) + epsilon): -r^3 x / D.
+    """
     with jax.enable_x64(True):
-        differentiable = [jnp.asarray(a) if a is not None else None for a in float64(arguments[:4])]
-        cos, sin = (jnp.asarray(a) for a in float64(arguments[4:]))
-        heads, pull = jax.vjp(lambda *a: formula(*a, cos, sin, xp=jnp), *differentiable)
-        gradients = pull(tuple(jnp.asarray(a) for a in float64(d_heads)))
-        return float64(heads), float64(gradients)
+        x, r, *rest, cos, sin = (None if a is None else jnp.asarray(a) for a in float64(arguments))
+        past, *d_heads = (jnp.asarray(a) for a in float64(gradients))
+
+        def function(x, *rest):
+            change = jnp.sum(x**2, axis=1) - jax.lax.stop_gradient(jnp.sum(x**2, axis=1))
+            scale = r - r**3 * change / (2 * x.shape[1])
+            return formula(x, scale, *rest, cos, sin, heads=heads, xp=jnp)
+
+        @jax.jit
+        def run(d_heads, *arguments):
+            results, pull = jax.vjp(function, *arguments)
+            return results, pull(d_heads)
+
+        results, (dx, *d_rest) = run(tuple(d_heads), x, *rest)
+        return float64(results), float64([dx + past, jnp.zeros_like(r), *d_rest])
 
 
-def float32_bounds(arguments, d_heads):
-    """How far float32 sums may be off, from the sizes of their terms: heads, and gradients."""
-    qkv, scale, embedding, lambdas, *_ = float64(arguments)
-    q, k, v = np.moveaxis(np.abs(qkv).reshape(T, 3, H, -1), 1, 0)
-    *g_qk, g = [np.abs(a) for a in float64(d_heads)]
-    r, half = scale[:, None, None], q.shape[-1] // 2
+def bounds(arguments, gradients, heads):
+    """How far each result may be off: sums in float32, and in bfloat16 all that is rounded on the way."""
+    x, r, weights, embedding, lambdas, _, _ = float64(arguments)
+    past, *d_heads = (np.abs(a) for a in float64(gradients))
+    rounding = BF16 if arguments[0].dtype == jnp.bfloat16 else F32
+    tokens, width = x.shape
+    r, (l0, l1) = r[:, None, None], np.abs(lambdas)
+    size_x, size_w = np.abs(x), np.abs(weights)
+
+    def by_head(a):
+        return a.reshape(tokens, heads, -1)
 
     def pair(a):
-        """The size of the pair that a channel turns in."""
-        return np.hypot(a, np.roll(a, half, axis=-1))
+        """The size of the pair that a channel may turn in."""
+        return np.hypot(a, np.roll(a, a.shape[-1] // 2, axis=-1))
 
-    heads, d_z, d_scale = [], [], 32 * F32 * np.abs(lambdas[0]) * (v * g).sum((1, 2))
-    for z, g_part in zip((q, k), map(pair, g_qk), strict=True):
-        s = 1 / np.sqrt(((r * z) ** 2).mean(-1, keepdims=True) + EPSILON)
-        n = s * r * z
-        heads.append(16 * F32 * pair(n))
-        d_z.append(32 * F32 * r * s * (g_part + n * (g_part * n).mean(-1, keepdims=True)))
-        # Automatic differentiation subtracts two sums of this size; the kernel's one term is far smaller.
-        d_scale = d_scale + 32 * F32 * (z * s * g_part).sum((1, 2))
-    d_z.append(8 * F32 * np.abs(lambdas[0]) * r * g)
-    gradients = [np.stack(d_z, 1).reshape(T, -1), d_scale, None, np.array([64 * F32 * (r * v * g).sum(), 0.0])]
-    heads.append(8 * F32 * np.abs(lambdas[0]) * r * v)
+    def mean(a):
+        return a.mean(-1, keepdims=True)
+
+    results, d_z, d_z_off, along = [], [], [], 0
+    for part, g in enumerate(d_heads[:2]):
+        z, terms = by_head(x @ weights[part].T), by_head(size_x @ size_w[part].T)
+        y, y_off = r * z, r * (width * F32 * terms + rounding * np.abs(z))  # the plain path rounds z
+        s = 1 / np.sqrt(mean(y**2) + EPSILON)
+        n = s * np.abs(y)
+        s_off = s * mean(n * y_off) + 8 * F32  # relative
+        n_off = s * y_off + n * s_off
+        head_off = pair(n_off) + 8 * F32 * pair(n)
+        results.append(head_off + rounding * pair(n))
+        n, g, head_off = pair(n), pair(g), results[-1]
+        gn, gn_off = mean(g * n), mean(g * head_off) + 64 * F32 * mean(g * n)
+        d_z.append(r * s * (g + n * gn))
+        d_z_off.append(d_z[-1] * (s_off + rounding + 16 * F32) + r * s * pair(head_off * gn + n * gn_off))
+        # The plain path gets epsilon's part as the difference of two sums.
+        along = along + (EPSILON * (r * s) ** 2 * (gn + gn_off) * n.shape[-1] * 2 * s_off).sum((1, 2))
+        along = along + (EPSILON * (r * s) ** 2 * gn_off * n.shape[-1]).sum((1, 2))
+        along = along + 64 * F32 * (r**2 * s * g * np.abs(y)).sum((1, 2))
+    g = d_heads[2]
+    z, terms = by_head(x @ weights[2].T), by_head(size_x @ size_w[2].T)
+    z_off = width * F32 * terms + rounding * (terms + np.abs(z))  # the fast path rounds lambda_0 W
+    v_off, v = r * z_off * l0 + 8 * F32 * r * l0 * np.abs(z), r * l0 * np.abs(z)
     if embedding is not None:
-        mixed = np.abs(embedding).reshape(g.shape)
-        heads[2] = heads[2] + 8 * F32 * np.abs(lambdas[1]) * mixed
-        gradients[2] = 8 * F32 * np.abs(lambdas[1]) * g.reshape(T, -1)
-        gradients[3][1] = 64 * F32 * (mixed * g).sum()
-    return heads, gradients
+        size = by_head(np.abs(embedding)) * l1
+        v_off, v = v_off + 3 * rounding * size, v + size
+    results.append(v_off + 2 * rounding * v)
+    along = along + (r**2 * g * (results[-1] + 64 * F32 * v)).sum((1, 2))
+    d_z.append(r * g)
+    d_z_off.append(rounding * r * g)
 
-
-def assert_close(results, arguments, d_heads):
-    """One rounding of every result, and the error of float32 sums before it."""
-    allowed = float32_bounds(arguments, d_heads)
-    for got_group, want_group, bound_group in zip(results, truth(arguments, d_heads), allowed, strict=True):
-        for got, want, bound in zip(got_group, want_group, bound_group, strict=True):
-            if want is None:
-                assert got is None
-                continue
-            rounding = {jnp.bfloat16: BF16, jnp.float32: F32}[got.dtype.type]
-            limit = 1.01 * rounding * np.abs(want) + bound + 2.0**-125  # below it, results may be flushed to 0
-            error = np.abs(np.asarray(got, np.float64) - want)
-            assert (error <= limit).all(), f"{np.max(error / limit)} of the bound"
+    (d_z, d_z_off), factors = ([a.reshape(tokens, -1) for a in b] for b in (d_z, d_z_off)), (1, 1, l0)
+    past_off = rounding * 2 * past
+    # Along x: r^2 g v is what the value of it may be, as its rounding to bfloat16 is relative.
+    along = (along + 4 * rounding * (r**2 * g * v).sum((1, 2)))[:, None] / width * size_x
+    d_x = past_off + along
+    for a, off, w, factor in zip(d_z, d_z_off, size_w, factors, strict=True):
+        d_x = d_x + factor * (off @ w + (2 * rounding + 3 * a.shape[1] * F32) * (a @ w))
+    d_w = [
+        factor * (off.T @ size_x + (tokens * F32) * (a.T @ size_x))
+        for a, off, factor in zip(d_z, d_z_off, factors, strict=True)
+    ]
+    d_lambdas = [(r * g * (z_off + (rounding + tokens * F32) * terms)).sum(), 0.0]
+    d_embedding = None
+    if embedding is not None:
+        d_embedding = (2 * rounding * l1 * g).reshape(tokens, -1)
+        d_lambdas[1] = 256 * F32 * (by_head(np.abs(embedding)) * g).sum()
+    return results, [d_x, np.zeros(tokens), np.stack(d_w), d_embedding, np.asarray(d_lambdas)]
 
 
 @functools.cache
-def runner(implementation):
-    options = {"heads": H, "epsilon": EPSILON, "implementation": implementation, "interpret": True}
-
-    def run(arguments, d_heads):
-        heads, pull = jax.vjp(lambda *a: qkv_to_heads(*a, *arguments[4:], **options), *arguments[:4])
-        return heads, pull(tuple(d_heads))
+def runner(implementation, heads):
+    def run(arguments, gradients):
+        options = {"heads": heads, "epsilon": EPSILON, "implementation": implementation, "interpret": True}
+        (x, results), pull = jax.vjp(functools.partial(project_heads, **options), *arguments)
+        return x, results, pull((gradients[0], tuple(gradients[1:])))
 
     return jax.jit(run)
 
 
-CASES = {
-    "random": {},
-    "64 wide": {"width": 64},
-    "no value embedding": {"mixes": False},
-    "lambdas 0": {"lambdas": (0.0, 0.0)},
-    "huge": {"z_scale": 1e10},
-    "huge, scaled back": {"z_scale": 1e15, "scale": 1e-15},
-    "near epsilon": {"z_scale": 3e-4},
-    "tiny": {"z_scale": 1e-12},
-}
+@functools.cache
+def problem(case, sizes, dtype):
+    """Inputs, what comes of them, and how far off it may be."""
+    given = inputs(case, sizes, dtype)
+    return given, truth(*given, sizes.heads), bounds(*given, sizes.heads)
 
 
+def assert_close(implementation, case, sizes, dtype=jnp.bfloat16):
+    (arguments, gradients), *expected = problem(case, sizes, dtype)
+    x, heads, (*gradients_got, d_cos, d_sin) = runner(implementation, sizes.heads)(arguments, gradients)
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(arguments[0]))
+    assert not np.asarray(d_cos).any()
+    assert not np.asarray(d_sin).any()
+    names = ("q", "k", "v"), ("dx", "d_scale", "d_weights", "d_embedding", "d_lambdas")
+    # The bound lets every rounding err the same way. As they do not, they add up like their squares.
+    share = 5**0.5 * BF16 if x.dtype == jnp.bfloat16 else 64 * F32
+    for group in zip(names, (heads, gradients_got), *expected, strict=True):
+        for name, result, want, off in zip(*group, strict=True):
+            if want is None:
+                assert result is None
+                continue
+            assert result.dtype == (jnp.float32 if name in ("d_scale", "d_weights", "d_lambdas") else x.dtype)
+            error = np.abs(np.asarray(result, np.float64) - want)
+            assert (error <= 1.05 * off + 1e-30).all(), (name, np.max(error / (off + 1e-30)))
+            assert np.linalg.norm(error) <= share * np.linalg.norm(want), name
+
+
+CASES = ["random", "no value embedding", "lambda_0 = 0", "huge", "near epsilon", "tiny", "zeros"]
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
-def test_equals_float64(implementation, case):
-    arguments, d_heads = inputs(seed=len(case), **CASES[case])
-    assert_close(runner(implementation)(arguments, d_heads), arguments, d_heads)
+def test_heads_and_gradients_equal_float64(implementation, case):
+    # Two tiles for each of the two programs that the interpreter gets, in one case.
+    assert_close(implementation, case, Sizes(tokens=256, heads=4) if case == "no value embedding" else Sizes())
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
-def test_zeros(implementation):
-    """Tokens and heads of zeros, and a token whose scale is 0, give finite gradients: those of the formula."""
-    (qkv, scale, *rest), d_heads = inputs(seed=1)
-    heads = qkv.reshape(T, 3, H, -1).at[::3].set(0).at[1::3, 0, 1].set(0).at[:, 1, 0, :8].set(0)
-    arguments = (heads.reshape(qkv.shape), scale.at[5].set(0), *rest)
-    d_heads[1] = d_heads[1].at[7].set(0)
-    results = runner(implementation)(arguments, d_heads)
-    assert all(np.isfinite(np.asarray(a, np.float64)).all() for a in jax.tree.leaves(results))
-    assert_close(results, arguments, d_heads)
+@pytest.mark.parametrize("rotated", [0, 3, 4])
+def test_plain_takes_float32_narrow_heads_and_any_number_of_pairs(rotated):
+    assert_close("plain", "random", Sizes(24, 16, 3, 8, rotated), jnp.float32)
 
 
-def test_plain_takes_float32_and_narrow_heads():
-    arguments, d_heads = inputs(8, dtype=jnp.float32)
-    assert_close(runner("plain")(arguments, d_heads), arguments, d_heads)
+def test_the_model_turns_a_quarter_of_the_pairs_less_the_higher_their_channel():
+    cos, sin = rotary(50, 128)
+    angles = np.arange(50)[:, None] * 1024.0 ** (-np.arange(32) / 31)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=50 * 4 * F32)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=50 * 4 * F32)
 
 
-def test_no_gradient_goes_to_the_angles():
-    (*arguments, cos, sin), _ = inputs()
-    for implementation in ("plain", "fast"):
-        gradient = jax.grad(lambda *a, i=implementation: heads_of(*arguments, *a, implementation=i)[0].sum(), (0, 1))
-        assert not any(np.any(g) for g in gradient(cos, sin))
+def shapes(sizes, mixes=True):
+    tokens, width, heads, head_width, rotated = sizes
+    channels = heads * head_width
+    arrays = [
+        ((tokens, width), "bfloat16"),
+        ((tokens,), "float32"),
+        ((3, channels, width), "float32"),
+        ((tokens, channels), "bfloat16"),
+        ((2,), "float32"),
+        *[((tokens, rotated), "float32")] * 2,
+    ]
+    arrays = [jax.ShapeDtypeStruct(*array) for array in arrays]
+    return arrays if mixes else [*arrays[:3], None, *arrays[4:]]
 
 
-def heads_of(*arguments, implementation="fast", interpret=True):
-    options = {"heads": H, "epsilon": EPSILON, "implementation": implementation, "interpret": interpret}
-    return qkv_to_heads(*arguments, **options)
+def loss(*arguments, heads):
+    results = project_heads(*arguments, heads=heads, epsilon=EPSILON, implementation="fast")
+    return sum(a.astype(jnp.float32).sum() for a in jax.tree.leaves(results))
 
 
-def shapes(length, heads, width, mixes=True):
-    channels = heads * width
-    scale, lambdas, *angles = (
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((length,), (2,), *2 * [(length, width // 2)])
-    )
-    qkv, embedding = (jax.ShapeDtypeStruct((length, n), jnp.bfloat16) for n in (3 * channels, channels))
-    return qkv, scale, embedding if mixes else None, lambdas, *angles
-
-
-@pytest.mark.parametrize(("heads", "width", "mixes"), [(6, 128, True), (12, 64, False)])
-def test_lowers_for_cuda_at_full_size(heads, width, mixes):
-    """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0."""
-
-    def loss(*arguments):
-        parts = qkv_to_heads(*arguments, heads=heads, epsilon=EPSILON, implementation="fast")
-        return sum(x.astype(jnp.float32).sum() for x in parts)
-
-    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 3))).trace(*shapes(65536, heads, width, mixes))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("qkv_to_heads_forward", "qkv_to_heads_backward"):
+def test_fast_lowers_for_cuda_at_full_size():
+    """All but the last compiler, ptxas. Of the merged product there is nothing, of its gradient one array."""
+    run, arrays = functools.partial(loss, heads=6), shapes(Sizes(65536, 768, 6))
+    assert "[65536,2304]" not in str(jax.make_jaxpr(run)(*arrays))
+    text = jax.jit(jax.grad(run, (0, 2, 3, 4))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("rotary_product", "sum_product", "heads_backward"):
         assert kernel in text
+    assert "tensor<65536x2304xbf16>" in text
+    assert "tensor<65536x2304xf32>" not in text
 
 
-def test_lowers_under_checkpoint_in_shard_map():
+def test_fast_lowers_under_checkpoint_in_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def local_loss(*arguments):
-        parts = jax.checkpoint(functools.partial(heads_of, interpret=False))(*arguments)
-        return jax.lax.psum(sum(x.astype(jnp.float32).sum() for x in parts), "data")
+        return jax.lax.psum(jax.checkpoint(functools.partial(loss, heads=2))(*arguments), "data")
 
-    def loss(*arguments):
-        specs = (P("data"), P("data"), P("data"), P(), P("data"), P("data"))
+    def whole_loss(*arguments):
+        specs = (P("data"), P("data"), P(), P(), P(), P("data"), P("data"))
         return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
 
-    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*shapes(256, H, 128))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # The checkpoint runs the forward kernel again in the backward pass, whose first run then has no reader.
-    assert "qkv_to_heads_backward" in text
+    traced = jax.jit(jax.grad(whole_loss, (0, 2, 4))).trace(*shapes(Sizes(256), mixes=False))
+    assert "heads_backward" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+def test_the_gradient_of_the_weights_has_their_dtype(implementation, dtype):
+    arrays = shapes(Sizes())
+    arrays[2] = jax.ShapeDtypeStruct(arrays[2].shape, dtype)
+    options = {"heads": 2, "epsilon": EPSILON, "implementation": implementation}
+    gradient = jax.grad(lambda *a: project_heads(*a, **options)[1][2].astype(jnp.float32).sum(), 2)
+    assert jax.eval_shape(gradient, *arrays).dtype == jnp.dtype(dtype)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "dtype", "message"),
     [
-        ({"dtype": jnp.float32}, "bfloat16, got float32"),
-        ({"length": 80}, "T a multiple of 32, got 80"),
-        ({"width": 32}, "K of 64 or 128, got 32"),
-        ({"heads": 5}, "heads"),
-        ({"scale": (128, 1)}, "scale must be"),
-        ({"lambdas": (1,)}, "lambdas must be"),
-        ({"embedding": 256}, "value_embedding must be"),
-        ({"angles": 32}, "cos must be"),
+        ({}, "float32", "bfloat16, got float32"),
+        ({"tokens": 64}, "bfloat16", "T a multiple of 128, got 64"),
+        ({"tokens": 0}, "bfloat16", "T a multiple of 128, got 0"),
+        ({"width": 384}, "bfloat16", "D a multiple of 256, got 384"),
+        ({"heads": 3}, "bfloat16", "C a multiple of 256, got 384"),
+        ({"heads": 4, "head_width": 64}, "bfloat16", "K = 128, got 64"),
+        ({"rotated": 64}, "bfloat16", "R = 32, got 64"),
     ],
 )
-def test_what_is_not_supported_is_said(change, message):
-    case = {"dtype": jnp.bfloat16, "length": 128, "width": 128, "heads": 6, "lambdas": (2,)} | change
-    length, channels = case["length"], 6 * case["width"]
+def test_what_fast_does_not_take_is_said(change, dtype, message):
+    sizes = Sizes(**change)
+    x, *rest = shapes(sizes)
+    run = functools.partial(project_heads, heads=sizes.heads, epsilon=EPSILON, implementation="fast")
+    with pytest.raises(ValueError, match=f"project_heads needs {message}; use implementation='plain'"):
+        jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape, dtype), *rest)
 
-    def shape(*sizes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(sizes, dtype)
 
-    angles = shape(length, case.get("angles", case["width"] // 2))
-    arguments = (
-        shape(length, 3 * channels, dtype=case["dtype"]),
-        shape(*case.get("scale", (length,))),
-        shape(length, case.get("embedding", channels), dtype=case["dtype"]),
-        shape(*case["lambdas"]),
-        angles,
-        angles,
-    )
-    options = {"heads": case["heads"], "epsilon": EPSILON, "implementation": "fast"}
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize(
+    ("argument", "shape", "message"),
+    [
+        (0, (2, 128, 256), r"needs x \(T, D\) and weights \(3, C, D\), got \(2, 128, 256\)"),
+        (1, (128, 1), r"scale must be \(128,\) float32"),
+        (2, (256, 256), r"needs x \(T, D\) and weights \(3, C, D\), got"),
+        (2, (3, 257, 256), "C must be H K with K even, got C = 257 for 2 heads"),
+        (3, (128, 128), r"value_embedding must be \(128, 256\)"),
+        (4, (1,), r"lambdas must be \(2,\) float32"),
+        (5, (128, 65), r"R <= K / 2, the pairs of a head, got \(128, 65\) for K = 128"),
+        (5, (127, 32), r"cos must be \(128, 32\) float32"),
+        (6, (128, 31), r"sin must be \(128, 32\) float32"),
+    ],
+)
+def test_arrays_that_do_not_fit_together(implementation, argument, shape, message):
+    arrays = shapes(Sizes())
+    arrays[argument] = jax.ShapeDtypeStruct(shape, arrays[argument].dtype)
+    run = functools.partial(project_heads, heads=2, epsilon=EPSILON, implementation=implementation)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(qkv_to_heads, **options), *arguments)
+        jax.eval_shape(run, *arrays)
 
 
-def test_a_cpu_has_no_fast_path():
-    assert not fast_qkv_supported(jax.devices()[0], jnp.bfloat16, tokens=65536, head_width=128)
+def test_fast_is_for_hopper_only():
+    class Device:
+        compute_capability = "9.0"
+
+    sizes = {"tokens": 65536, "width": 768, "heads": 6, "head_width": 128}
+    assert fast_heads_supported(Device(), "bfloat16", **sizes)
+    assert not fast_heads_supported(Device(), "float32", **sizes)
+    for change in ({"tokens": 1}, {"heads": 5}, {"head_width": 64}):
+        assert not fast_heads_supported(Device(), "bfloat16", **sizes | change)
+    Device.compute_capability = "10.0"
+    assert not fast_heads_supported(Device(), "bfloat16", **sizes)
