@@ -10,9 +10,9 @@ channels: with R = K / 4, channel i < R turns with i + K / 2, and the others sta
 In plain JAX the merged product (T, 3 C) is written, and passes over it make q, k and v; backward there are as many. The
 fast path has r, norms, angles and the mixing done by the kernels that multiply, and never writes a product:
 
-    forward     q, r / rms(y) = rotate(norm(y)), y = r x W_q^T    kernel     (k alike)
+    forward     q = rotate(norm(r x W_q^T))                       kernel     k alike
                 v = r x (lambda_0 W_v)^T + lambda_1 embedding     kernel
-    backward    gradients of the products, from q, k, v           one pass
+    backward    d_qkv, of the products, from q, k and v           one pass
                 dx = d_qkv W + dx past + (part through r) x       kernel     dW = d_qkv^T x    cuBLAS
 
 W_v is multiplied by lambda_0 before it is rounded to bfloat16. So the gradient of lambda_0 is the inner product of two

@@ -14,9 +14,11 @@ The gradient of r goes along x, where powers of r cancel:
     dx = -dr r^3 x / D + ..
        = -(epsilon sum_heads (r s)^2 g.q + r^2 (dv.v - lambda_1 dv.ve)) x / D + ..
 
-(From a norm only epsilon's part is left, 1 - mean_K(n^2) = epsilon s^2; so written, nothing cancels.) In this pass a
-program is one warpgroup that owns 16 tokens and walks over the heads. Threads share nothing but the sums of a row, so
-all stays in registers, without shared memory or barriers. A head is read and written in halves:
+From a norm only epsilon's part is left, 1 - mean_K(n^2) = epsilon s^2; so written, nothing cancels there. v is known as
+it was rounded: where the value embedding outweighs the product, so does its rounding.
+
+In this pass a program is one warpgroup that owns 16 tokens and walks over the heads. Threads share nothing but the sums
+of a row, so all stays in registers, without shared memory or barriers. A head is read and written in halves:
 
     a half      token 0 | lane 0 | lane 1 | ... | lane 7 |     16 bytes a lane
                 token 1 | lane 8 | lane 9 | ...
