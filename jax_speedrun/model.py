@@ -21,8 +21,8 @@ from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
 from .kernels.mlp import mlp
 from .kernels.paths import KernelPath
-from .kernels.qkv import qkv_to_heads
-from .kernels.residual import add_linear, inverse_rms, linear
+from .kernels.qkv import project_heads
+from .kernels.residual import add_linear, inverse_rms
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
@@ -66,6 +66,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_TD: Array,
+        scale_T: Array,
         value_embedding_TC: Array | None,
         mask: BlockMask,
         cos_sin: tuple[Array, Array],
@@ -73,10 +74,10 @@ class Attention(nnx.Module):
         kernels: KernelPath,
     ) -> tuple[Array, Array]:
         """x + attention(norm(x)) and its inverse RMS."""
-        qkv_TM = linear(x_TD, self.qkv_3DD[...].reshape(-1, x_TD.shape[-1]))
-        q_THK, k_THK, v_THK = qkv_to_heads(
-            qkv_TM,
-            inverse_rms(x_TD, NORM_EPSILON),
+        x_TD, (q_THK, k_THK, v_THK) = project_heads(
+            x_TD,
+            scale_T,
+            self.qkv_3DD[...],
             value_embedding_TC,
             self.lambdas[...],
             *cos_sin,
@@ -122,7 +123,7 @@ class Block(nnx.Module):
         x_TD = mix(self.lambdas[...], x_TD, x0_TD)
         scale_T = inverse_rms(x_TD, NORM_EPSILON)
         if self.attention is not None:
-            x_TD, scale_T = self.attention(x_TD, value_embedding_TC, mask, cos_sin, attention, kernels)
+            x_TD, scale_T = self.attention(x_TD, scale_T, value_embedding_TC, mask, cos_sin, attention, kernels)
         return self.mlp(x_TD, scale_T, kernels)
 
 
