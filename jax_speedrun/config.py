@@ -17,7 +17,7 @@ from .kernels.block_mask import BLOCK_SIZE
 from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
 from .kernels.mlp import fast_mlp_supported
 from .kernels.paths import KernelPath
-from .kernels.qkv import fast_heads_supported
+from .kernels.self_attention import fast_self_attention_supported
 
 ComputeDtype = Literal["bfloat16", "float32"]
 Kernels = Literal["auto", "fast", "plain"]
@@ -178,28 +178,28 @@ def resolve(config: Config, device: jax.Device) -> Config:
         )
     except ValueError as error:
         raise UsageError(f"--attention {config.attention}: {error}") from error
-    return dataclasses.replace(
-        config, model=model, attention=attention, kernels=_resolve_kernels(config, model, device)
-    )
+    resolved = dataclasses.replace(config, model=model, attention=attention)
+    return dataclasses.replace(resolved, kernels=_resolve_kernels(resolved, device))
 
 
-def _resolve_kernels(config: Config, model: ModelConfig, device: jax.Device) -> Kernels:
+def _resolve_kernels(config: Config, device: jax.Device) -> Kernels:
     if config.kernels == "plain":
         return "plain"
-    tokens, dtype = config.sequence_length, jnp.dtype(model.compute_dtype)
+    model, tokens, dtype = config.model, config.sequence_length, jnp.dtype(config.model.compute_dtype)
     supported = (
-        fast_head_supported(
+        config.attention == "hopper"
+        and fast_head_supported(
             device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
         )
         and fast_mlp_supported(device, dtype, tokens=tokens, width=model.width, hidden=model.mlp_width)
-        and fast_heads_supported(
+        and fast_self_attention_supported(
             device, dtype, tokens=tokens, width=model.width, heads=model.heads, head_width=model.head_width
         )
     )
     if config.kernels == "fast" and not supported:
         raise UsageError(
-            f"--kernels fast: needs an H100 or H200 and a preset in bfloat16 with an FP8 head, not {config.preset} on "
-            f"{device.device_kind}; use --kernels plain or auto"
+            f"--kernels fast: needs an H100 or H200, its attention and a preset in bfloat16 with an FP8 head, not "
+            f"{config.preset} with --attention {config.attention} on {device.device_kind}; use --kernels plain or auto"
         )
     return "fast" if supported else "plain"
 

@@ -15,14 +15,14 @@ from flax import nnx
 from jax import Array
 
 from .config import ModelConfig
-from .kernels.attention import Implementation, block_sparse_attention
+from .kernels.attention import Implementation
 from .kernels.block_mask import BlockMask, long_short_masks
 from .kernels.embedding import embed, sort_tokens
 from .kernels.head_loss import HeadPrecision, head_logits, head_loss
 from .kernels.mlp import mlp
 from .kernels.paths import KernelPath
-from .kernels.qkv import project_heads
 from .kernels.residual import add_linear, inverse_rms
+from .kernels.self_attention import self_attention
 
 ATTENTION_SCALE = 0.12
 NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
@@ -74,20 +74,20 @@ class Attention(nnx.Module):
         kernels: KernelPath,
     ) -> tuple[Array, Array]:
         """x + attention(norm(x)) and its inverse RMS."""
-        x_TD, (q_THK, k_THK, v_THK) = project_heads(
+        x_TD, y_TC = self_attention(
             x_TD,
             scale_T,
             self.qkv_3DD[...],
             value_embedding_TC,
             self.lambdas[...],
             *cos_sin,
+            mask,
             heads=self.heads,
+            softmax_scale=ATTENTION_SCALE,
             epsilon=NORM_EPSILON,
+            attention=attention,
             implementation=kernels,
         )
-        with jax.named_scope("attention"):
-            y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=ATTENTION_SCALE, implementation=attention)
-        y_TC = y_THK.reshape(y_THK.shape[0], -1)
         return add_linear(x_TD, y_TC, self.out_DD[...], epsilon=NORM_EPSILON, implementation=kernels)
 
 

@@ -22,12 +22,12 @@ class Part(NamedTuple):
     target_ms: float | None
 
 
-HIDDEN_MATMULS = Part("hidden matmuls", 41, 43)
+HIDDEN_MATMULS = Part("hidden matmuls, with what their kernels add", 41, 43)
 ATTENTION = Part("attention", 8, 12)
 HEAD_MATMULS = Part("head matmuls", 9.5, 11)
 HEAD_PASSES = Part("softcap, cross-entropy, quantisation", 4, 7)
 EMBEDDING = Part("embedding lookups and gradients", 0.5, 1.5)
-ELEMENTWISE = Part("relu squared, norms, rotary, residuals, value mixing", 12, 16)
+ELEMENTWISE = Part("other norms, residuals, value mixing", 12, 16)
 MASKS = Part("masks", None, 0.15)
 OPTIMIZER = Part("optimisers", None, 8)
 COMMUNICATION = Part("communication", None, 3)
@@ -132,7 +132,7 @@ def _part(opcodes: str, op_name: str, matmul: bool) -> Part:
         return HEAD_MATMULS if matmul else HEAD_PASSES
     if "embedding" in scopes:
         return EMBEDDING
-    return HIDDEN_MATMULS if matmul else ELEMENTWISE
+    return HIDDEN_MATMULS if matmul or "product" in scopes else ELEMENTWISE
 
 
 class Kernel(NamedTuple):
@@ -166,7 +166,7 @@ def exposed_communication(profile: Path, module: str, parts: dict[str, Part]) ->
     """
     devices: dict[str, list[tuple[float, int, bool]]] = defaultdict(list)
     for launch in _launches(profile, module):
-        communicates = parts.get(launch.instruction or "") is COMMUNICATION or launch.name.startswith("nccl")
+        communicates = _communicates(launch.name, launch.instruction, parts)
         devices[launch.device] += [(launch.start_ns, 1, communicates), (launch.end_ns, -1, communicates)]
     exposed = 0.0
     for borders in devices.values():
@@ -207,11 +207,18 @@ def _launches(profile: Path, module: str) -> Iterator[_Launch]:
                     yield _Launch(plane.name, event.name, instruction, event.start_ns, end)
 
 
+def _communicates(kernel: str, instruction: str | None, parts: dict[str, Part]) -> bool:
+    """NCCL's kernels may name an instruction that the optimised module wraps in another."""
+    return kernel.startswith("nccl") or parts.get(instruction or "") is COMMUNICATION
+
+
 def attribute(found: Iterable[Kernel], parts: dict[str, Part]) -> dict[Part, list[Kernel]]:
     """The kernels of each part, longest first. Instructions that `parts` leaves out are dropped."""
     grouped: dict[Part, list[Kernel]] = {part: [] for part in PARTS}
     for kernel in sorted(found, key=lambda kernel: -kernel.ms):
-        if kernel.instruction is None:
+        if _communicates(kernel.name, kernel.instruction, parts):
+            grouped[COMMUNICATION].append(kernel)
+        elif kernel.instruction is None:
             grouped[UNKNOWN].append(kernel)
         elif kernel.instruction in parts:
             grouped[parts[kernel.instruction]].append(kernel)

@@ -122,19 +122,27 @@ def unsupported_shape(tokens: int, width: int, columns: int) -> str | None:
 
 
 def product(
-    name: str, x_TD: Array, w_ND: Array, epilogue: Epilogue, *, config: Config = CONFIG, interpret: bool
+    name: str,
+    x_TD: Array | Sequence[Array],
+    w_ND: Array,
+    epilogue: Epilogue,
+    *,
+    config: Config = CONFIG,
+    interpret: bool,
 ) -> list[Array]:
     """`epilogue` of x W^T: the result, (T, N) bf16, and if there are any the row results, (of a row, T) float32.
 
     Args:
       name: of the kernel, as profiles show it.
-      x_TD, w_ND: bf16; T, D and N as `unsupported_shape` says.
+      x_TD, w_ND: bf16; T, D and N as `unsupported_shape` says. x may be in several arrays of equal shape, side by side.
     """
+    xs = [x_TD] if isinstance(x_TD, Array) else list(x_TD)
     if config.stages < 2:
         raise ValueError(
             f"a slot is freed while the next one is in use: stages must be at least 2, got {config.stages}"
         )
-    (length, width), outputs = x_TD.shape, w_ND.shape[0]
+    (length, width), (outputs, _) = (xs[0].shape[0], xs[0].shape[1] * len(xs)), w_ND.shape
+    steps_of_one = xs[0].shape[1] // config.channels
     steps, parts = width // config.channels, config.columns // PART
     stages = min(config.stages, steps)
     row_tiles, column_tiles = length // ROWS, outputs // config.columns
@@ -142,10 +150,10 @@ def product(
     programs = min(row_tiles * column_tiles, 2 if interpret else MULTIPROCESSORS)
     units = parts // epilogue.unit
     row_results = units * epilogue.row_results
-    inputs = (epilogue.rows, epilogue.narrow, epilogue.tiles)
+    inputs = (xs, [w_ND], epilogue.rows, epilogue.narrow, epilogue.tiles)
 
-    def body(x: Ref, w: Ref, *rest: Ref, smem: Buffers, barriers: Barriers) -> None:
-        row_refs, narrow_refs, tile_refs, (out, *row_out) = _split(rest, *map(len, inputs))
+    def body(*refs: Ref, smem: Buffers, barriers: Barriers) -> None:
+        x_refs, (w,), row_refs, narrow_refs, tile_refs, (out, *row_out) = _split(refs, *map(len, inputs))
         program = lax.axis_index("program")
         count = pl.cdiv(row_tiles * column_tiles - program, programs)
         # Not 0: the compiler would know each step's slot, and keep all their addresses in registers.
@@ -165,12 +173,21 @@ def product(
                 def _step(step: Array) -> None:
                     number = i * steps + step
                     slot = lax.rem(first_slot + number, stages)
-                    channels = pl.ds(step * config.channels, config.channels)
                     ready = barriers.ready.at[slot]
                     pl.when(number >= stages)(lambda: plgpu.barrier_wait(barriers.free.at[slot]))
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, ROWS), channels], smem.x.at[slot], ready)
+
+                    def channels(step: Array) -> pl.Slice:
+                        return pl.ds(step * config.channels, config.channels)
+
+                    for which, x in enumerate(x_refs):
+
+                        def copy(x: Ref = x, first: int = which * steps_of_one) -> None:
+                            source = x.at[pl.ds(row, ROWS), channels(step - first)]
+                            plgpu.copy_gmem_to_smem(source, smem.x.at[slot], ready)
+
+                        pl.when(lax.div(step, steps_of_one) == which)(copy)
                     columns = pl.ds(column_tile * config.columns, config.columns)
-                    plgpu.copy_gmem_to_smem(w.at[columns, channels], smem.w.at[slot], ready)
+                    plgpu.copy_gmem_to_smem(w.at[columns, channels(step)], smem.w.at[slot], ready)
 
             for slot in range(stages):  # every completion of a barrier must be awaited, the last one too
                 plgpu.barrier_wait(barriers.free.at[slot])
@@ -325,7 +342,8 @@ def product(
         programs=programs,
         interpret=interpret,
     )
-    result: list[Array] = run(x_TD, w_ND, *epilogue.rows, *epilogue.narrow, *epilogue.tiles)
+    with jax.named_scope("product"):  # by which profiling.py knows it
+        result: list[Array] = run(*(array for group in inputs for array in group))
     return result
 
 

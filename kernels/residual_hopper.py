@@ -12,7 +12,7 @@ from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, produc
 
 @functools.partial(jax.jit, static_argnames=("squares", "config", "interpret"))  # lowered once, not once a layer
 def sum_product(
-    x_TD: Array,
+    x_TD: Array | tuple[Array, ...],
     w_ND: Array,
     terms: tuple[tuple[Array | None, Array], ...] = (),
     factor_T: Array | None = None,
@@ -24,7 +24,7 @@ def sum_product(
     """f x W^T + the sum of factor * term, (T, N) bf16; shapes as `product_hopper` says.
 
     Args:
-      x_TD, w_ND: bf16.
+      x_TD, w_ND: bf16. x may be in several arrays of equal shape, side by side.
       terms: at most two (T, N) bf16 arrays, each with its factor of every row, (T,) float32, or None for 1. Factors,
         their products and the sum of these are rounded to bf16 before the matrix product joins them.
       factor_T: f, float32; None for 1.

@@ -677,6 +677,8 @@ def train(
 
         for step in range(steps + 1):
             if step == steps or step % every == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # a loss is known before its step has ended
                 report()
                 clock.pause()
                 val_loss = training.evaluate(*validation, step)

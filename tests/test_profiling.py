@@ -71,12 +71,14 @@ def test_kernels_are_grouped_and_none_is_lost():
         Kernel("c", "exp.1", 1, 5.0),
         Kernel("memset", None, 1, 0.5),
         Kernel("loop", "while.1", 1, 100.0),
+        Kernel("ncclDevKernel_ReduceScatter", "reduce-scatter.7", 1, 3.0),  # wrapped in another by the module
     ]
     grouped = attribute(found, instruction_parts(HLO))
     assert [kernel.name for kernel in grouped[profiling.HEAD_PASSES]] == ["c", "b"]
     assert [kernel.name for kernel in grouped[profiling.UNKNOWN]] == ["memset"]
+    assert [kernel.name for kernel in grouped[profiling.COMMUNICATION]] == ["ncclDevKernel_ReduceScatter"]
     # The loop's time is that of its body once more.
-    assert sum(kernel.ms for members in grouped.values() for kernel in members) == 8.5
+    assert sum(kernel.ms for members in grouped.values() for kernel in members) == 11.5
 
 
 def test_a_real_profile_of_a_real_program(tmp_path):

@@ -1,5 +1,9 @@
-"""`project_heads`, plain and fast, against float64 with bounds from its roundings; the fast path in the interpreter."""
+"""Self-attention against float64: the plain heads with bounds from their roundings, the whole, plain and fast.
 
+The fast path runs in Pallas' interpreter.
+"""
+
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,10 +14,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_speedrun.kernels.qkv import fast_heads_supported, project_heads
+from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask
+from jax_speedrun.kernels.self_attention import Inputs, fast_self_attention_supported, project_heads, self_attention
 from jax_speedrun.model import rotary
+from tests.numpy_attention import random_mask
 
 EPSILON = 2.0**-23
+SCALE = 0.12
 BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
 
 
@@ -26,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 def inputs(case, sizes, dtype):
-    """The arguments of `project_heads`, and gradients of its results; the weights' values are bfloat16.
+    """The arguments of `project_heads`, and gradients of x, q, k and v; the weights' values are bfloat16.
 
     Gradients have a part along what they are of: otherwise sums of their products would vanish among their terms.
     """
@@ -180,37 +187,29 @@ def bounds(arguments, gradients, heads):
 
 
 @functools.cache
-def runner(implementation, heads):
+def heads_runner(heads):
     def run(arguments, gradients):
-        options = {"heads": heads, "epsilon": EPSILON, "implementation": implementation, "interpret": True}
-        (x, results), pull = jax.vjp(functools.partial(project_heads, **options), *arguments)
-        return x, results, pull((gradients[0], tuple(gradients[1:])))
+        function = functools.partial(project_heads, heads=heads, epsilon=EPSILON)
+        results, pull = jax.vjp(lambda *arguments: function(Inputs(*arguments)), *arguments)
+        return results, pull(tuple(gradients))
 
     return jax.jit(run)
 
 
-@functools.cache
-def problem(case, sizes, dtype):
-    """Inputs, what comes of them, and how far off it may be."""
-    given = inputs(case, sizes, dtype)
-    return given, truth(*given, sizes.heads), bounds(*given, sizes.heads)
-
-
-def assert_close(implementation, case, sizes, dtype=jnp.bfloat16):
-    (arguments, gradients), *expected = problem(case, sizes, dtype)
-    x, heads, (*gradients_got, d_cos, d_sin) = runner(implementation, sizes.heads)(arguments, gradients)
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(arguments[0]))
-    assert not np.asarray(d_cos).any()
-    assert not np.asarray(d_sin).any()
+def assert_heads_close(case, sizes, dtype=jnp.bfloat16):
+    arguments, (_, *gradients) = inputs(case, sizes, dtype)
+    given = arguments, [jnp.zeros_like(arguments[0]), *gradients]
+    heads, gradients_got = heads_runner(sizes.heads)(arguments, gradients)
     names = ("q", "k", "v"), ("dx", "d_scale", "d_weights", "d_embedding", "d_lambdas")
     # The bound lets every rounding err the same way. As they do not, they add up like their squares.
-    share = 5**0.5 * BF16 if x.dtype == jnp.bfloat16 else 64 * F32
-    for group in zip(names, (heads, gradients_got), *expected, strict=True):
+    share = 5**0.5 * BF16 if dtype == jnp.bfloat16 else 64 * F32
+    expected = truth(*given, sizes.heads), bounds(*given, sizes.heads)
+    for group in zip(names, (heads, gradients_got[:5]), *expected, strict=True):
         for name, result, want, off in zip(*group, strict=True):
             if want is None:
                 assert result is None
                 continue
-            assert result.dtype == (jnp.float32 if name in ("d_scale", "d_weights", "d_lambdas") else x.dtype)
+            assert result.dtype == (jnp.float32 if name in ("d_scale", "d_weights", "d_lambdas") else dtype)
             error = np.abs(np.asarray(result, np.float64) - want)
             assert (error <= 1.05 * off + 1e-30).all(), (name, np.max(error / (off + 1e-30)))
             assert np.linalg.norm(error) <= share * np.linalg.norm(want), name
@@ -220,16 +219,71 @@ def assert_close(implementation, case, sizes, dtype=jnp.bfloat16):
 CASES = ["no value embedding", "random", "lambda_0 = 0", "huge", "near epsilon", "tiny", "zeros"]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_heads_and_gradients_equal_float64(case):
+    assert_heads_close(case, Sizes())
+
+
+def attention_truth(arguments, gradients, visible, heads):
+    """y and the gradients of x, W, embedding and lambdas, in float64, by JAX through the textbook's formulas."""
+    with jax.enable_x64(True):
+        x, r, *rest, cos, sin = (None if a is None else jnp.asarray(a) for a in float64(arguments))
+        past, d_y = (jnp.asarray(a) for a in float64(gradients))
+
+        def function(x, *rest):
+            change = jnp.sum(x**2, axis=1) - jax.lax.stop_gradient(jnp.sum(x**2, axis=1))
+            scale = r - r**3 * change / (2 * x.shape[1])
+            q, k, v = formula(x, scale, *rest, cos, sin, heads=heads, xp=jnp)
+            scores = jnp.where(visible, SCALE * jnp.einsum("thk,shk->hts", q, k), -1e30)
+            weights = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)  # a row that sees nothing gives 0
+            return jnp.einsum("hts,shk->thk", weights, v).reshape(len(x), -1)
+
+        y, pull = jax.jit(lambda *a: jax.vjp(function, *a))(x, *rest)
+        dx, *d_rest = pull(d_y)
+        return float64([y, dx + past, *d_rest])
+
+
+@functools.cache
+def runner(implementation, heads):
+    options = {"heads": heads, "softmax_scale": SCALE, "epsilon": EPSILON, "implementation": implementation}
+
+    def run(arguments, mask, gradients):
+        function = functools.partial(self_attention, mask=mask, attention="xla", interpret=True, **options)
+        results, pull = jax.vjp(function, *arguments)
+        return results, pull(tuple(gradients))
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
 @pytest.mark.parametrize("case", CASES)
-def test_heads_and_gradients_equal_float64(implementation, case):
-    # Two tiles for each of the two programs that the interpreter gets, in one case.
-    assert_close(implementation, case, Sizes(tokens=256, heads=4) if case == "no value embedding" else Sizes())
+def test_attention_and_gradients_equal_float64(implementation, case):
+    sizes = Sizes(tokens=256)
+    arguments, (past, *_) = inputs(case, sizes, jnp.bfloat16)
+    rng = np.random.default_rng(3)
+    mask, visible = random_mask(rng, sizes.tokens // BLOCK_SIZE, BLOCK_SIZE, 0.8)
+    d_y = jnp.asarray(rng.standard_normal((sizes.tokens, sizes.heads * sizes.head_width)), jnp.bfloat16)
+    (x, y), (dx, d_scale, d_weights, d_embedding, d_lambdas, d_cos, d_sin) = runner(implementation, sizes.heads)(
+        arguments, mask, (past, d_y)
+    )
+    np.testing.assert_array_equal(x, arguments[0])
+    for constant in (d_scale, d_cos, d_sin):
+        assert not np.asarray(constant).any()
+    want = attention_truth(arguments, (past, d_y), visible, sizes.heads)
+    names = ("y", "dx", "d_weights", "d_embedding", "d_lambdas")
+    for name, got, expected in zip(names, (y, dx, d_weights, d_embedding, d_lambdas), want, strict=True):
+        if expected is None:
+            assert got is None
+            continue
+        assert got.dtype == (jnp.float32 if name in ("d_weights", "d_lambdas") else jnp.bfloat16)
+        error = np.linalg.norm(np.asarray(got, np.float64) - expected)
+        # Some ten roundings in a row, each of 2^-8 at most.
+        assert error <= 1.2e-2 * np.linalg.norm(expected) + 1e-30, (name, error / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("rotated", [0, 3, 4])
 def test_plain_takes_float32_narrow_heads_and_any_number_of_pairs(rotated):
-    assert_close("plain", "random", Sizes(24, 16, 3, 8, rotated), jnp.float32)
+    assert_heads_close("random", Sizes(24, 16, 3, 8, rotated), jnp.float32)
 
 
 def test_the_model_turns_a_quarter_of_the_pairs_less_the_higher_their_channel():
@@ -254,43 +308,52 @@ def shapes(sizes, mixes=True):
     return arrays if mixes else [*arrays[:3], None, *arrays[4:]]
 
 
+def mask_shapes(tokens):
+    blocks = tokens // BLOCK_SIZE
+    counts, indices = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((blocks,), (blocks, blocks)))
+    return BlockMask(counts, indices, counts, indices, jax.ShapeDtypeStruct((tokens,), jnp.int32), BLOCK_SIZE)
+
+
+def call(*arguments, heads, implementation="fast"):
+    options = {"heads": heads, "softmax_scale": SCALE, "epsilon": EPSILON, "attention": "xla"}
+    return self_attention(*arguments, implementation=implementation, **options)
+
+
 def loss(*arguments, heads):
-    results = project_heads(*arguments, heads=heads, epsilon=EPSILON, implementation="fast")
-    return sum(a.astype(jnp.float32).sum() for a in jax.tree.leaves(results))
+    return sum(a.astype(jnp.float32).sum() for a in call(*arguments, heads=heads))
 
 
 def test_fast_lowers_for_cuda_at_full_size():
-    """All but the last compiler, ptxas. Of the merged product there is nothing, of its gradient one array."""
-    run, arrays = functools.partial(loss, heads=6), shapes(Sizes(65536, 768, 6))
-    assert "[65536,2304]" not in str(jax.make_jaxpr(run)(*arrays))
+    """All but the last compiler, ptxas. Of the merged product and its gradient there is nothing."""
+    run, arrays = functools.partial(loss, heads=6), [*shapes(Sizes(65536, 768, 6)), mask_shapes(65536)]
     text = jax.jit(jax.grad(run, (0, 2, 3, 4))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("rotary_product", "sum_product", "heads_backward"):
+    for kernel in ("rotary_product", "sum_product", "attention_dq", "attention_dkv"):
         assert kernel in text
-    assert "tensor<65536x2304xbf16>" in text
-    assert "tensor<65536x2304xf32>" not in text
+    assert "tensor<65536x2304x" not in text
 
 
 def test_fast_lowers_under_checkpoint_in_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def local_loss(*arguments):
-        return jax.lax.psum(jax.checkpoint(functools.partial(loss, heads=2))(*arguments), "data")
+        mask = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), mask_shapes(128))
+        return jax.lax.psum(jax.checkpoint(functools.partial(loss, heads=2))(*arguments, mask), "data")
 
     def whole_loss(*arguments):
         specs = (P("data"), P("data"), P(), P(), P(), P("data"), P("data"))
         return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
 
     traced = jax.jit(jax.grad(whole_loss, (0, 2, 4))).trace(*shapes(Sizes(256), mixes=False))
-    assert "heads_backward" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "attention_dkv" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
 def test_the_gradient_of_the_weights_has_their_dtype(implementation, dtype):
-    arrays = shapes(Sizes())
+    arrays = [*shapes(Sizes()), mask_shapes(128)]
     arrays[2] = jax.ShapeDtypeStruct(arrays[2].shape, dtype)
-    options = {"heads": 2, "epsilon": EPSILON, "implementation": implementation}
-    gradient = jax.grad(lambda *a: project_heads(*a, **options)[1][2].astype(jnp.float32).sum(), 2)
+    run = functools.partial(call, heads=2, implementation=implementation)
+    gradient = jax.grad(lambda *a: run(*a)[1].astype(jnp.float32).sum(), 2)
     assert jax.eval_shape(gradient, *arrays).dtype == jnp.dtype(dtype)
 
 
@@ -309,9 +372,15 @@ def test_the_gradient_of_the_weights_has_their_dtype(implementation, dtype):
 def test_what_fast_does_not_take_is_said(change, dtype, message):
     sizes = Sizes(**change)
     x, *rest = shapes(sizes)
-    run = functools.partial(project_heads, heads=sizes.heads, epsilon=EPSILON, implementation="fast")
-    with pytest.raises(ValueError, match=f"project_heads needs {message}; use implementation='plain'"):
-        jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape, dtype), *rest)
+    run = functools.partial(call, heads=sizes.heads)
+    with pytest.raises(ValueError, match=f"self_attention needs {message}; use implementation='plain'"):
+        jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape, dtype), *rest, mask_shapes(128))
+
+
+def test_fast_takes_blocks_of_128_only():
+    mask = dataclasses.replace(mask_shapes(128), block_size=64)
+    with pytest.raises(ValueError, match="self_attention needs a mask in blocks of 128, got 64"):
+        jax.eval_shape(functools.partial(call, heads=2), *shapes(Sizes()), mask)
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
@@ -332,9 +401,9 @@ def test_what_fast_does_not_take_is_said(change, dtype, message):
 def test_arrays_that_do_not_fit_together(implementation, argument, shape, message):
     arrays = shapes(Sizes())
     arrays[argument] = jax.ShapeDtypeStruct(shape, arrays[argument].dtype)
-    run = functools.partial(project_heads, heads=2, epsilon=EPSILON, implementation=implementation)
+    run = functools.partial(call, heads=2, implementation=implementation)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(run, *arrays)
+        jax.eval_shape(run, *arrays, mask_shapes(128))
 
 
 def test_fast_is_for_hopper_only():
@@ -342,9 +411,9 @@ def test_fast_is_for_hopper_only():
         compute_capability = "9.0"
 
     sizes = {"tokens": 65536, "width": 768, "heads": 6, "head_width": 128}
-    assert fast_heads_supported(Device(), "bfloat16", **sizes)
-    assert not fast_heads_supported(Device(), "float32", **sizes)
+    assert fast_self_attention_supported(Device(), "bfloat16", **sizes)
+    assert not fast_self_attention_supported(Device(), "float32", **sizes)
     for change in ({"tokens": 1}, {"heads": 5}, {"head_width": 64}):
-        assert not fast_heads_supported(Device(), "bfloat16", **sizes | change)
+        assert not fast_self_attention_supported(Device(), "bfloat16", **sizes | change)
     Device.compute_capability = "10.0"
-    assert not fast_heads_supported(Device(), "bfloat16", **sizes)
+    assert not fast_self_attention_supported(Device(), "bfloat16", **sizes)

@@ -1,0 +1,63 @@
+"""The product that norms and rotates its heads in registers, on Hopper: product_hopper.py multiplies.
+
+A warpgroup's tile of 256 columns is two heads, and a thread holds both channels of a pair, in two parts of 64: the sum
+of a head's squares is all that threads tell each other.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .attention_hopper_ops import rows
+from .product_hopper import CONFIG, HALF, PART, ROWS, Config, Epilogue, Values, product
+
+type Halves = Sequence[Array]  # two tiles (rows, K / 2)
+
+HEAD_WIDTH = 2 * PART
+ROTATED = HEAD_WIDTH // 4  # pairs that rotate: channel i < 32 of a half with channel i of the other
+
+
+def unsupported_shape(tokens: int, width: int, channels: int, head_width: int, rotated: int) -> str | None:
+    """What keeps the kernels from a shape, if anything does."""
+    for what, size, multiple in (("T", tokens, ROWS), ("D", width, CONFIG.columns), ("C", channels, CONFIG.columns)):
+        if size % multiple or not size:
+            return f"{what} a multiple of {multiple}, got {size}"
+    for what, size, only in (("K", head_width, HEAD_WIDTH), ("R", rotated, ROTATED)):
+        if size != only:
+            return f"{what} = {only}, got {size}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon", "config", "interpret"))  # lowered once, not once a layer
+def rotary_product(
+    x_TD: Array, w_CD: Array, scale_T: Array, cos_TR: Array, sin_TR: Array,
+    *, epsilon: float, config: Config = CONFIG, interpret: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """rotate(norm(y)) of the heads of y = r x W^T, (T, C) bf16, and r / rms(y), (H, T) float32.
+
+    Args:
+      x_TD, w_CD: bf16; shapes as `unsupported_shape` says.
+      scale_T: r, float32.
+      cos_TR, sin_TR: float32, R = K / 4.
+      epsilon: added to the mean square of y.
+    """
+
+    def finish(z: Values, scale: Values, angles: Values, _: Values) -> tuple[Values, Values]:
+        (r,), (cos, sin) = scale, angles
+        squares = (z[0] * z[0] + z[1] * z[1]).sum(axis=1)
+        factor = r * lax.rsqrt(r * r * squares * (1 / HEAD_WIDTH) + epsilon)
+        n = [part * rows(factor, (HALF, PART)) for part in z]
+        turned = rotate([part[:, :ROTATED] for part in n], cos, sin)
+        return [jnp.concatenate([t, part[:, ROTATED:]], axis=1) for t, part in zip(turned, n, strict=True)], [factor]
+
+    epilogue = Epilogue(finish, rows=[scale_T], narrow=[cos_TR, sin_TR], unit=HEAD_WIDTH // PART, row_results=1)
+    heads_TC, factor_HT = product("rotary_product", x_TD, w_CD, epilogue, config=config, interpret=interpret)
+    return heads_TC, factor_HT
+
+
+def rotate(x: Halves, cos: Array, sin: Array) -> list[Array]:
+    """By the angle; with -sin, back."""
+    return [x[0] * cos + x[1] * sin, x[1] * cos - x[0] * sin]
