@@ -1,9 +1,9 @@
 """Time the products of a layer with what stands around them: by our kernels, and by cuBLAS and XLA.
 
 Products and the passes around them at the sizes of the record's model, all interleaved, since a GPU under load lowers
-its clock. Every kernel's result is checked against XLA's in float32: the norm of the error relative to the norm. A
-prediction takes 720 TFLOP/s for a product and 3.0 TB/s for what is read and written, whichever takes longer, since one
-should hide the other.
+its clock. Every kernel's result is checked against XLA's in float32: the norm of the error relative to the norm, and
+above 2^-7 the exit status is 1. A prediction takes 720 TFLOP/s for a product and 3.0 TB/s for what is read and written,
+whichever takes longer, since one should hide the other.
 Without a GPU the kernels run in Pallas' interpreter: for tests of this script, at small sizes.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.mlp import mlp, relu_squared
@@ -25,6 +25,8 @@ from jax_speedrun.kernels.mlp_hopper import relu_squared_product, slope_product
 from jax_speedrun.kernels.product_hopper import unsupported_shape
 from jax_speedrun.kernels.residual import inverse_rms, linear
 from jax_speedrun.kernels.residual_hopper import sum_product
+from jax_speedrun.kernels.rotary_hopper import HEAD_WIDTH, ROTATED, rotary_product
+from jax_speedrun.model import mix
 from jax_speedrun.timing import milliseconds
 
 if __name__ == "__main__":  # before JAX starts: its interpreter needs a CPU thread for each warpgroup
@@ -32,6 +34,7 @@ if __name__ == "__main__":  # before JAX starts: its interpreter needs a CPU thr
 INTERPRET = jax.default_backend() != "gpu"
 CALLS, ROUNDS = (1, 1) if INTERPRET else (20, 5)
 BYTES, FLOPS = 3.0e12, 720e12  # a second
+LARGEST_ERROR = 2.0**-7  # a few roundings to bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,11 @@ class Case(NamedTuple):
     arrays: tuple[Array, ...]
     plain: Callable[..., Any]
     kernel: Callable[..., Any] | None
-    products: tuple[Array, Array]  # x and W, for the count of operations
+    products: tuple[Array, Array] | None  # x and W, for the count of operations
 
 
 def cases(tokens: int, width: int, hidden: int) -> list[Case]:
-    keys = iter(jax.random.split(jax.random.key(0), 12))
+    keys = iter(jax.random.split(jax.random.key(0), 20))
 
     def normal(*shape: int, size: float = 1.0) -> Array:
         return (size * jax.random.normal(next(keys), shape)).astype(jnp.bfloat16)
@@ -67,6 +70,8 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
     )
     proj_turned, scale = proj.T, inverse_rms(x, 1e-6)
     along, half = -0.01 * scale, 0.5 * scale
+    angle = jax.random.normal(next(keys), (tokens, ROTATED))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     r2 = relu_squared(linear(x, fc), scale)
 
     def wide(a: Array) -> Array:
@@ -85,6 +90,14 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
     def value(x: Array, w: Array, s: Array, half: Array, e: Array) -> Array:
         return (wide(linear(x, w)) * s[:, None] + half[:, None] * wide(e)).astype(jnp.bfloat16)
 
+    def rotated(x: Array, w: Array, s: Array, cos: Array, sin: Array) -> Array:
+        y = (wide(linear(x, w)) * s[:, None]).reshape(tokens, -1, HEAD_WIDTH)
+        n = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+        (a, first), (b, second) = (jnp.split(half, [ROTATED], axis=-1) for half in jnp.split(n, 2, axis=-1))
+        cos, sin = cos[:, None], sin[:, None]
+        turned = jnp.concatenate([a * cos + b * sin, first, b * cos - a * sin, second], axis=-1)
+        return turned.reshape(tokens, -1).astype(x.dtype)
+
     def kernel_with_terms(z: Array, w: Array, dy: Array, along: Array, x: Array) -> Any:
         return sum_product(z, w, ((None, dy), (along, x)), interpret=INTERPRET)
 
@@ -102,8 +115,11 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
              (d_qkv, qkv_turned)),
         Case("x + y W^T and its inverse rms", (x, y, square), sum_and_inverse_rms,
              lambda x, y, w: sum_product(y, w, ((None, x),), squares=True, interpret=INTERPRET), (y, square)),
+        Case("rotate(norm(s x W^T))", (x, square, scale, cos, sin), rotated,
+             lambda *a: rotary_product(*a, epsilon=1e-6, interpret=INTERPRET), (x, square)),
         Case("s x W^T + c e", (x, square, scale, half, y), value,
              lambda x, w, s, half, e: sum_product(x, w, ((half, e),), s, interpret=INTERPRET), (x, square)),
+        Case("mix of x and x0", (jnp.array([0.7, 0.4]), x, y), mix, None, None),
         Case("x W^T, D to F", (x, fc), linear, None, (x, fc)),
         Case("x W^T, F to D", (dz, proj), linear, None, (dz, proj)),
         Case("x W^T, D to D", (x, square), linear, None, (x, square)),
@@ -125,8 +141,7 @@ def measure(tokens: int, width: int, hidden: int) -> list[Row]:
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     facts: dict[tuple[str, str], tuple[float, float, float | None]] = {}
     for case in cases(tokens, width, hidden):
-        x, w = case.products
-        flops = 2.0 * x.size * w.shape[0]
+        flops = 2.0 * case.products[0].size * case.products[1].shape[0] if case.products else 0.0
         plain = jax.jit(case.plain)
         want = jax.tree.leaves(plain(*case.arrays))[0]
         seconds = max(flops / FLOPS, (sum(a.nbytes for a in case.arrays) + want.nbytes) / BYTES)
@@ -157,21 +172,23 @@ def measure(tokens: int, width: int, hidden: int) -> list[Row]:
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench_products.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="default: %(default)s")
     parser.add_argument("--width", type=int, default=768, metavar="N", help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=3072, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("bench_products"), metavar="DIR", help="default: %(default)s")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for sizes in ((options.width, options.hidden), (options.hidden, options.width)):
         if reason := unsupported_shape(options.tokens, *sizes):
             raise UsageError(f"--tokens, --width, --hidden: the kernels need {reason}")
     return options
 
 
-def main() -> None:
-    options = parse_arguments()
+def run(options: argparse.Namespace) -> bool:
+    """Whether every kernel is right."""
     sizes = options.tokens, options.width, options.hidden
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {sizes[0]}, D = {sizes[1]}, F = {sizes[2]}")
     rows = measure(*sizes)
@@ -184,11 +201,16 @@ def main() -> None:
     record["rows"] = [dataclasses.asdict(row) for row in rows]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "products.json").write_text(json.dumps(record, indent=1) + "\n")
+    return all(row.error is None or row.error <= LARGEST_ERROR for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        return 0 if run(parse_arguments(arguments)) else 1
+    except UsageError as error:
+        print(f"bench_products.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as problem:
-        print(f"bench_products.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())
