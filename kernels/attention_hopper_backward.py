@@ -19,12 +19,20 @@ shared between programs: two runs give the same bits.
     dV = P^T dO           dQ = scale dS K                         dK = scale dS^T Q
 
 lse / c and delta need no instructions: S and dP start from minus them.
+
+Told how q and k came of products z, a kernel undoes it while the gradient g of n = q or k is in registers. With
+n = rotate(norm(r z)) and f = r / rms(r z), as qkv_hopper.py derives,
+
+    dz = f rotate_back(g - n mean_K(g n))     dz_v = r dV
+
+so that g is rounded to bf16 once, as dz, and n is read from where the products read it. What the gradient of r and the
+layers before need besides, sum_K(g n) and sum_K(dV v), are a number for each token and head.
 Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as two passes.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,6 +64,19 @@ from .attention_hopper_walk import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_
 
 PARTS = BLOCK // HALF
 QUARTER = (HALF, HALF)
+ORIGIN_WIDTH = 128  # the one head width whose origin the kernels undo
+ROTATED = ORIGIN_WIDTH // 4  # pairs that rotate: channel i < 32 with channel i + 64
+
+
+class Origin(NamedTuple):
+    """How q or k came of a product z: rotate(factor * z), with its rotary angles and a factor for each head and token.
+
+    The kernels see the same of references, or None.
+    """
+
+    cos_TR: Array  # (T, K / 4) float32
+    sin_TR: Array
+    factor_HT: Array  # (H, T) float32: r / rms(r z), r the scale of the row
 
 
 class DqBuffers(NamedTuple):
@@ -68,6 +89,7 @@ class DqBuffers(NamedTuple):
     query_documents: Ref
     kv: Ref  # [stage, 0] keys, [stage, 1] values
     key_documents: Ref
+    dots: Ref  # of the queries; None without their origin
 
 
 class DkvBuffers(NamedTuple):
@@ -80,20 +102,28 @@ class DkvBuffers(NamedTuple):
     lse: Ref
     delta: Ref
     query_documents: Ref
+    sums: Ref  # [slot, warpgroup, 0] dots of the keys, [.., 1] of the values; None without an origin
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret", "config"))  # lowered once, not once a layer
 def backward_dq(
     q_THK: Array, k_THK: Array, v_THK: Array, o_THK: Array, do_THK: Array, lse_HT: Array, documents_T: Array,
-    walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DQ,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Gradient of q, (T, H, K) bf16, and delta (H, T) float32. `walk` is `Walks.by_query`."""
+    walk: Array, origin: Origin | None = None, *, scale: float, interpret: bool, config: HopperConfig = DQ,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Gradient of q, (T, H, K) bf16, and delta (H, T) float32. `walk` is `Walks.by_query`.
+
+    With an `origin` the gradient is that of q's product, and the third result (H, T) float32 holds sum_K(dq q).
+
+    Raises:
+      ValueError: for an origin with a head width other than 128.
+    """
     length, heads, width = q_THK.shape
+    _check_origin(origin, width)
     shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
     def body(
-        q: Ref, k: Ref, v: Ref, o: Ref, do: Ref, lse: Ref, documents: Ref, walk: Ref, shares: Ref, dq: Ref, delta: Ref,
-        *, smem: DqBuffers, barriers: list[Ref], accumulators: list[Ref],
+        q: Ref, k: Ref, v: Ref, o: Ref, do: Ref, lse: Ref, documents: Ref, walk: Ref, shares: Ref,
+        origin: Ref, *out: Ref, smem: DqBuffers, barriers: list[Ref], accumulators: list[Ref],
     ) -> None:  # fmt: skip
         per_query = [
             Copy(lse, lambda slot: smem.lse.at[slot], BLOCK),
@@ -109,16 +139,17 @@ def backward_dq(
         preface = [*halves(o, smem.kv), per_key]
 
         def consume() -> None:
-            one_tile = functools.partial(_dq_tile, walk, dq, delta, smem, hold, stream, accumulators, scale)
+            one_tile = functools.partial(_dq_tile, walk, origin, out, smem, hold, stream, accumulators, scale)
             count, _ = for_each_tile(walk, shares, heads, one_tile)
             release_last(hold, count)
 
         split_roles(functools.partial(produce, walk, shares, heads, hold, [stream], HALF, preface), consume, config)
 
-    return launch(
+    number = jax.ShapeDtypeStruct((heads, length), jnp.float32)
+    results: tuple[Array, ...] = launch(
         body,
         "block_sparse_attention_dq",
-        (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), jax.ShapeDtypeStruct((heads, length), jnp.float32)),
+        (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), number, *[number] * bool(origin)),
         dict(
             smem=DqBuffers(
                 q=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
@@ -128,27 +159,39 @@ def backward_dq(
                 query_documents=plgpu.SMEM((config.slots, BLOCK), jnp.int32),
                 kv=tile(config.stages, 2, HALF, width),
                 key_documents=plgpu.SMEM((config.stages, HALF), jnp.int32),
+                dots=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, HALF), jnp.float32) if origin else None,
             ),
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 2, config.slots), (3, config.stages)),
             accumulators=interpreter_buffers((HALF, width), interpret=interpret),
         ),
         programs=shares.shape[0],
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, walk, shares)
+    )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, walk, shares, origin)
+    return results
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret", "config"))  # lowered once, not once a layer
 def backward_dkv(
     q_THK: Array, k_THK: Array, v_THK: Array, do_THK: Array, lse_HT: Array, delta_HT: Array, documents_T: Array,
-    walk: Array, *, scale: float, interpret: bool, config: HopperConfig = DKV,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Gradients of k and v, each (T, H, K) bf16. `walk` is `Walks.by_key`."""
-    _, heads, width = q_THK.shape
+    walk: Array, origin: Origin | None = None, scale_T: Array | None = None,
+    *, scale: float, interpret: bool, config: HopperConfig = DKV,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Gradients of k and v, each (T, H, K) bf16. `walk` is `Walks.by_key`.
+
+    With k's `origin` and `scale_T`, (T,) float32, the gradients are those of the products: k's, and v's = scale_T v.
+    The third and fourth result, (H, T) float32, then hold sum_K(dk k) and sum_K(dv v).
+
+    Raises:
+      ValueError: for an origin with a head width other than 128.
+    """
+    length, heads, width = q_THK.shape
+    _check_origin(origin, width)
     shares = jnp.asarray(share_out(walk.shape[0] * heads, 1 if interpret else MULTIPROCESSORS))
 
     def body(
-        q: Ref, k: Ref, v: Ref, do: Ref, lse: Ref, delta: Ref, documents: Ref, walk: Ref, shares: Ref, dk: Ref, dv: Ref,
-        *, smem: DkvBuffers, barriers: list[Ref], accumulators: list[Ref],
+        q: Ref, k: Ref, v: Ref, do: Ref, lse: Ref, delta: Ref, documents: Ref, walk: Ref, shares: Ref,
+        origin: Ref, v_scale: Ref, *out: Ref,
+        smem: DkvBuffers, barriers: list[Ref], accumulators: list[Ref],
     ) -> None:  # fmt: skip
         per_key = Copy(documents, lambda slot: smem.key_documents.at[slot], BLOCK)
         hold = Ring([*halves(k, smem.k), *halves(v, smem.v), per_key], *barriers[:2])
@@ -164,17 +207,20 @@ def backward_dkv(
         )
 
         def consume() -> None:
-            one_tile = functools.partial(_dkv_tile, walk, dk, dv, smem, hold, stream, accumulators, scale)
+            one_tile = functools.partial(_dkv_tile, walk, origin, v_scale, out, smem, hold, stream, accumulators, scale)
             count, _ = for_each_tile(walk, shares, heads, one_tile)
             release_last(hold, count)
 
         split_roles(functools.partial(produce, walk, shares, heads, hold, [stream], HALF), consume, config)
 
-    out = jax.ShapeDtypeStruct(k_THK.shape, k_THK.dtype)
-    return launch(
+    gradient, number = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in ((k_THK.shape, k_THK.dtype), ((heads, length), jnp.float32))
+    )
+    results: tuple[Array, ...] = launch(
         body,
         "block_sparse_attention_dkv",
-        (out, out),
+        (gradient, gradient, *[number, number] * bool(origin)),
         dict(
             smem=DkvBuffers(
                 k=tile(config.slots, COMPUTE_WARPGROUPS, HALF, width),
@@ -184,18 +230,20 @@ def backward_dkv(
                 lse=plgpu.SMEM((config.stages, HALF), jnp.float32),
                 delta=plgpu.SMEM((config.stages, HALF), jnp.float32),
                 query_documents=plgpu.SMEM((config.stages, HALF), jnp.int32),
+                sums=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, 2, HALF), jnp.float32) if origin else None,
             ),
             barriers=ring_barriers((2 * COMPUTE_WARPGROUPS + 1, config.slots), (5, config.stages)),
             accumulators=interpreter_buffers((HALF, width), (HALF, width), interpret=interpret),
         ),
         programs=shares.shape[0],
         interpret=interpret,
-    )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, walk, shares)
+    )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, walk, shares, origin, scale_T)
+    return results
 
 
 def _dq_tile(
-    walk: Ref, dq: Ref, delta_out: Ref, smem: DqBuffers, hold: Ring, stream: Ring, accumulators: list[Ref],
-    scale: float, at: Tile,
+    walk: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, hold: Ring, stream: Ring,
+    accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
     warpgroup = lax.axis_index("warpgroup")
@@ -203,6 +251,7 @@ def _dq_tile(
     c = scale * math.log2(math.e)
     slot, own = hold.slot(at.number), pl.ds(warpgroup * HALF, HALF)
     first_query = at.block * BLOCK + warpgroup * HALF
+    queries = pl.ds(first_query, HALF)
     q_tile, do_tile = smem.q.at[slot, warpgroup], smem.do.at[slot, warpgroup]
     first_step = at.entries_before * PARTS + at.number  # each tile before had one step for O
     plgpu.barrier_wait(hold.ready.at[slot])
@@ -240,17 +289,23 @@ def _dq_tile(
             plgpu.wgmma_wait(0)
 
         _for_each_quarter(walk, at, hold, stream, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
-        q_tile[...] = (dq_acc[...] * scale).astype(jnp.bfloat16)
+        gradient = dq_acc[...] * scale
+        if origin is not None:
+            of_rows = _load_origin(origin, at.head, queries)
+            gradient, smem.dots[slot, warpgroup] = _undo(gradient, q_tile, *of_rows)
+        q_tile[...] = gradient.astype(jnp.bfloat16)
 
     with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, dq.at[pl.ds(first_query, HALF), at.head])
-    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], delta_out.at[at.head, pl.ds(first_query, HALF)])
+    plgpu.copy_smem_to_gmem(q_tile, out[0].at[queries, at.head])
+    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], out[1].at[at.head, queries])
+    if origin is not None:
+        plgpu.copy_smem_to_gmem(smem.dots.at[slot, warpgroup], out[2].at[at.head, queries])
 
 
 def _dkv_tile(
-    walk: Ref, dk: Ref, dv: Ref, smem: DkvBuffers, hold: Ring, stream: Ring, accumulators: list[Ref],
-    scale: float, at: Tile,
+    walk: Ref, origin: Ref, v_scale: Ref, out: Sequence[Ref], smem: DkvBuffers, hold: Ring,
+    stream: Ring, accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
     warpgroup = lax.axis_index("warpgroup")
@@ -258,6 +313,7 @@ def _dkv_tile(
     c = scale * math.log2(math.e)
     slot, own = hold.slot(at.number), pl.ds(warpgroup * HALF, HALF)
     first_key = at.block * BLOCK + warpgroup * HALF
+    keys = pl.ds(first_key, HALF)
     k_tile, v_tile = smem.k.at[slot, warpgroup], smem.v.at[slot, warpgroup]
     plgpu.barrier_wait(hold.ready.at[slot])
 
@@ -288,13 +344,52 @@ def _dkv_tile(
 
         first_step = at.entries_before * PARTS
         _for_each_quarter(walk, at, hold, stream, first_step, lambda half: 2 * half + warpgroup, quarter)
-        k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
-        v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
+        if origin is None:
+            k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
+            v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
+            return
+        of_rows = _load_origin(origin, at.head, keys)
+        v_factor = plgpu.load(v_scale.at[keys], layout=ROW, optimized=False)
+        # v first, while what k needs is on its way.
+        d_v = plgpu.layout_cast(dv_acc[...], plgpu.Layout.WGMMA)
+        smem.sums[slot, warpgroup, 1] = (d_v * _tile_values(v_tile)).sum(axis=1)
+        v_tile[...] = (d_v * rows(v_factor, v_tile.shape)).astype(jnp.bfloat16)
+        d_k, smem.sums[slot, warpgroup, 0] = _undo(dk_acc[...] * scale, k_tile, *of_rows)
+        k_tile[...] = d_k.astype(jnp.bfloat16)
 
     with_accumulators(over_the_column, k_tile.shape, v_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(k_tile, dk.at[pl.ds(first_key, HALF), at.head])
-    plgpu.copy_smem_to_gmem(v_tile, dv.at[pl.ds(first_key, HALF), at.head])
+    plgpu.copy_smem_to_gmem(k_tile, out[0].at[keys, at.head])
+    plgpu.copy_smem_to_gmem(v_tile, out[1].at[keys, at.head])
+    if origin is not None:
+        for i, sums in enumerate(out[2:]):
+            plgpu.copy_smem_to_gmem(smem.sums.at[slot, warpgroup, i], sums.at[at.head, keys])
+
+
+def _check_origin(origin: Origin | None, width: int) -> None:
+    if origin is not None and width != ORIGIN_WIDTH:
+        raise ValueError(f"an origin needs head width {ORIGIN_WIDTH}, got {width}: undo norm and rotation outside")
+
+
+def _load_origin(origin: Ref, head: Array, own: pl.Slice) -> tuple[Array, Array, Array]:
+    """Cosines and sines, (64, K / 4), and factors of the rows `own`."""
+    cos, sin = (plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in origin[:2])
+    return cos, sin, plgpu.load(origin.factor_HT.at[head, own], layout=ROW, optimized=False)
+
+
+def _tile_values(tile: Ref) -> Array:
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def _undo(g: Array, n_tile: Ref, cos: Array, sin: Array, factor: Array) -> tuple[Array, Array]:
+    """Gradient of z, where rotate(factor z) = n has gradient g, and the rows' inner products of g and n; float32."""
+    g, n = plgpu.layout_cast(g, plgpu.Layout.WGMMA), _tile_values(n_tile)
+    dots = (g * n).sum(axis=1)
+    across = (g - n * rows(dots * (1 / ORIGIN_WIDTH), n_tile.shape)) * rows(factor, n_tile.shape)
+    half = ORIGIN_WIDTH // 2
+    a, b = across[:, :ROTATED], across[:, half : half + ROTATED]
+    turned = [a * cos - b * sin, across[:, ROTATED:half], b * cos + a * sin, across[:, half + ROTATED :]]
+    return jnp.concatenate(turned, axis=1), dots
 
 
 def _for_each_quarter(
