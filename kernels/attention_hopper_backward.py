@@ -21,7 +21,7 @@ shared between programs: two runs give the same bits.
 lse / c and delta need no instructions: S and dP start from minus them.
 
 Told how q and k came of products z, a kernel undoes it while the gradient g of n = q or k is in registers. With
-n = rotate(norm(r z)) and f = r / rms(r z), as qkv_hopper.py derives,
+n = rotate(norm(r z)) and f = r / rms(r z), as self_attention.py derives,
 
     dz = f rotate_back(g - n mean_K(g n))     dz_v = r dV
 

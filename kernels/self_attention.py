@@ -77,7 +77,7 @@ def self_attention(
 
     Args:
       x_TD: the residual stream.
-      scale_T: r, float32: `residual.inverse_rms` of x, known. Its gradient is part of x's.
+      scale_T: r, float32 and positive: `residual.inverse_rms` of x, known. Its gradient is part of x's.
       qkv_3CD: W of q, k and v, each stored (out, in), C = H K; its gradient has its dtype.
       value_embedding_TC: what is mixed into the values; None for nothing.
       lambdas: (2,) float32, the weights of value and value embedding.
