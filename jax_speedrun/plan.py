@@ -46,7 +46,7 @@ def _state_bytes(config: Config, devices: int) -> tuple[int, int]:
 
 
 def _activation_bytes(config: Config) -> int:
-    """What the backward pass of one sequence needs: an estimate that counts each block's large arrays."""
+    """What the backward pass of one sequence needs: an estimate that counts each block's large arrays, plain path."""
     model = config.model
     itemsize = BFLOAT16 if model.compute_dtype == "bfloat16" else FLOAT32
     # Residual stream, its two norms, q, k, v before and after norm and rotary, attention's output; MLP twice.
