@@ -83,7 +83,7 @@ def blind_mask(rng):
     return BlockMask(one, indices, none, indices, documents.astype(jnp.int32))
 
 
-@pytest.mark.parametrize("make_mask", [structured_mask, blind_mask])
+@pytest.mark.parametrize("make_mask", [structured_mask, pytest.param(blind_mask, marks=pytest.mark.slow)])
 def test_products_gradients(make_mask):
     rng = np.random.default_rng(7)
     case, mask = Case(rng), make_mask(rng)

@@ -177,6 +177,7 @@ def test_arrays_of_a_sum_that_do_not_fit_together():
             add_linear(*arguments, epsilon=EPSILON)
 
 
+@pytest.mark.slow
 def test_bench_runs_small_without_a_gpu(tmp_path, capsys):
     bench = load_script("bench_products")
     sizes = ["--width", "256", "--hidden", "256", "--out", str(tmp_path)]

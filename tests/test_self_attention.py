@@ -256,7 +256,7 @@ def runner(implementation, heads):
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])])
 def test_attention_and_gradients_equal_float64(implementation, case):
     sizes = Sizes(tokens=256)
     (x, r, *rest), (past, *_) = inputs(case, sizes, jnp.bfloat16)
