@@ -204,10 +204,10 @@ def _fast_backward(
     from .attention_hopper_backward import Origin, backward_dkv, backward_dq
     from .residual_hopper import sum_product
 
-    x_TD, scale_T, qkv_3CD, value_embedding_TC, lambdas, *angles = saved.inputs
+    x_TD, scale_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR = saved.inputs
     dx_past_TD, dy_TC = gradients
     dy_THK = dy_TC.reshape(saved.y_THK.shape)
-    q_origin, k_origin = (Origin(*angles, factor_HT) for factor_HT in saved.factors)
+    q_origin, k_origin = (Origin(cos_TR, sin_TR, factor_HT) for factor_HT in saved.factors)
     options = {"scale": softmax_scale, "interpret": interpret}
     with jax.named_scope("attention"):
         dz_q_THK, delta_HT, q_dots_HT = backward_dq(
@@ -241,7 +241,7 @@ def _fast_backward(
     d_weights = [weight_gradient(dz_TC, x_TD, jnp.float32) for dz_TC in (dz_q_TC, dz_k_TC, dz_v_TC)]
     d_value_weight = jnp.sum(d_weights[2] * qkv_3CD[2].astype(jnp.float32))
     d_weights[2] *= lambdas[0]
-    constant = jnp.zeros_like(saved.inputs.cos_TR)
+    constant = jnp.zeros_like(cos_TR)
     d_inputs = Inputs(
         x_TD=dx_TD,
         scale_T=jnp.zeros_like(scale_T),
