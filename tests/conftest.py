@@ -4,9 +4,14 @@ Hypothesis draws the same examples every time, so that one commit has one verdic
 `pytest --hypothesis-profile explore`.
 """
 
+import os
+
 import jax
 from hypothesis import settings
 
+# XLA ends a process whose devices wait 40 s for each other. Eight of them on two busy cores may.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 assert len(jax.devices()) == 8
