@@ -13,7 +13,6 @@ def milliseconds(
     *,
     calls: int,
     rounds: int,
-    wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, float]:
     """For each function the time of a call: the median over `rounds` of the mean of `calls` calls in a row.
 
@@ -21,17 +20,17 @@ def milliseconds(
     to the end before the next, what comes first would look best.
 
     Args:
-      runs: each dispatches work and returns what `wait` can wait for.
+      runs: each dispatches work and returns its arrays.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        wait(run())
+        jax.block_until_ready(run())
     for _ in range(rounds):
         for name, run in runs.items():
-            wait(run())
+            jax.block_until_ready(run())
             start = time.perf_counter()
             for _ in range(calls):
                 result = run()
-            wait(result)
+            jax.block_until_ready(result)
             times[name].append((time.perf_counter() - start) / calls)
     return {name: 1e3 * float(np.median(of_rounds)) for name, of_rounds in times.items()}

@@ -61,11 +61,10 @@ from .attention_hopper_ops import (
 )
 from .attention_hopper_producer import Copy, Ring, Tile, for_each_tile, halves, produce, release_last
 from .attention_hopper_walk import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, share_out
+from .rotary_hopper import HEAD_WIDTH, ROTATED, rotate
 
 PARTS = BLOCK // HALF
 QUARTER = (HALF, HALF)
-ORIGIN_WIDTH = 128  # the one head width whose origin the kernels undo
-ROTATED = ORIGIN_WIDTH // 4  # pairs that rotate: channel i < 32 with channel i + 64
 
 
 class Origin(NamedTuple):
@@ -367,8 +366,8 @@ def _dkv_tile(
 
 
 def _check_origin(origin: Origin | None, width: int) -> None:
-    if origin is not None and width != ORIGIN_WIDTH:
-        raise ValueError(f"an origin needs head width {ORIGIN_WIDTH}, got {width}: undo norm and rotation outside")
+    if origin is not None and width != HEAD_WIDTH:
+        raise ValueError(f"an origin needs head width {HEAD_WIDTH}, got {width}: undo norm and rotation outside")
 
 
 def _load_origin(origin: Ref, head: Array, own: pl.Slice) -> tuple[Array, Array, Array]:
@@ -385,10 +384,10 @@ def _undo(g: Array, n_tile: Ref, cos: Array, sin: Array, factor: Array) -> tuple
     """Gradient of z, where rotate(factor z) = n has gradient g, and the rows' inner products of g and n; float32."""
     g, n = plgpu.layout_cast(g, plgpu.Layout.WGMMA), _tile_values(n_tile)
     dots = (g * n).sum(axis=1)
-    across = (g - n * rows(dots * (1 / ORIGIN_WIDTH), n_tile.shape)) * rows(factor, n_tile.shape)
-    half = ORIGIN_WIDTH // 2
-    a, b = across[:, :ROTATED], across[:, half : half + ROTATED]
-    turned = [a * cos - b * sin, across[:, ROTATED:half], b * cos + a * sin, across[:, half + ROTATED :]]
+    across = (g - n * rows(dots * (1 / HEAD_WIDTH), n_tile.shape)) * rows(factor, n_tile.shape)
+    half = HEAD_WIDTH // 2
+    first, second = rotate([across[:, :ROTATED], across[:, half : half + ROTATED]], cos, -sin)
+    turned = [first, across[:, ROTATED:half], second, across[:, half + ROTATED :]]
     return jnp.concatenate(turned, axis=1), dots
 
 
