@@ -2,7 +2,6 @@
 
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from .checkpoint import Checkpoints
+from .compilation import compile_together
 from .config import Config, peak_flops, to_dict
 from .data import Batch, TokenBatches, prefetch
 from .distributed import SharedError, is_first, place
@@ -66,10 +66,10 @@ class Loop:
             self._say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=self.split)
         began = time.perf_counter()
-        with ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock, so the two go side by side
-            pending_step = pool.submit(self.program.train_step.lower(state, sequences, sequences).compile)
-            pending_evaluate = pool.submit(self.program.evaluate.lower(state, *validation).compile)
-        train_step, evaluate = pending_step.result(), pending_evaluate.result()
+        train_step, evaluate = compile_together(
+            lambda: self.program.train_step.lower(state, sequences, sequences),
+            lambda: self.program.evaluate.lower(state, *validation),
+        )
         self._say(f"compiled in {time.perf_counter() - began:.1f} s")
 
         start, position, val_loss = resumed or 0, batches.position(), math.nan

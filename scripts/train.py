@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from jax_speedrun import checkpoint, distributed
 from jax_speedrun.communication import describe_scaling
-from jax_speedrun.compilation_cache import keep_compiled_programs
+from jax_speedrun.compilation import keep_compiled_programs
 from jax_speedrun.config import PRESETS, Config, Kernels, from_dict, recipe_differences, resolve
 from jax_speedrun.data import TINY_DATA, find_shards
 from jax_speedrun.errors import UsageError
