@@ -12,7 +12,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.stages import Compiled, Wrapped
 
+from ..compilation import compile_together
 from ..config import from_dict, peak_flops, resolve
 from ..kernels.attention import block_sparse_attention
 from ..kernels.block_mask import long_short_masks
@@ -42,6 +44,7 @@ class JaxSide:
         self.program = make_program(self.config, self.mesh)
         self._state: TrainState | None = None
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
+        self._compiled: dict[Wrapped, Compiled] = {}
 
     @property
     def state(self) -> TrainState:
@@ -71,7 +74,7 @@ class JaxSide:
                 return lambda: self._train_step(sequences, step)
             case "micro":
                 params = self.state.params
-                return lambda: self._value_and_grad(params, tokens, targets, blocks)
+                return lambda: self._call(self._value_and_grad, params, tokens, targets, blocks)
             case "attention_forward" | "attention":
                 return self._attention(part, tokens, blocks)
             case "head":
@@ -110,9 +113,8 @@ class JaxSide:
     def gradients(
         self, tokens_T: np.ndarray, targets_T: np.ndarray, window: int
     ) -> tuple[float, dict[str, np.ndarray]]:
-        loss, gradient = self._value_and_grad(
-            self.state.params, jnp.asarray(tokens_T), jnp.asarray(targets_T), jnp.int32(window)
-        )
+        batch = jnp.asarray(tokens_T), jnp.asarray(targets_T), jnp.int32(window)
+        loss, gradient = self._call(self._value_and_grad, self.state.params, *batch)
         return float(loss), _arrays(gradient)
 
     def step(self, tokens_T: np.ndarray, targets_T: np.ndarray, step: int) -> float:
@@ -138,8 +140,14 @@ class JaxSide:
     def _at(self, step: int) -> TrainState:
         return self.state._replace(step=jax.device_put(np.int32(step), replicate(self.mesh)))
 
+    def _call(self, function: Wrapped, *arguments: Any) -> Any:
+        """Call a jitted function, compiled as a run compiles it."""
+        if function not in self._compiled:
+            (self._compiled[function],) = compile_together(lambda: function.lower(*arguments))
+        return self._compiled[function](*arguments)
+
     def _train_step(self, sequences: tuple[Array, Array], step: int) -> Array:
-        self._state, metrics = self.program.train_step(self._at(step), *sequences)
+        self._state, metrics = self._call(self.program.train_step, self._at(step), *sequences)
         loss: Array = metrics.loss
         return loss
 
