@@ -2,14 +2,16 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered, Wrapped
+
+from .program_store import ProgramStore
 
 MAX_BYTES = 4 << 30
 """The least recently used programs go when there is more."""
@@ -48,35 +50,53 @@ def _cache_home() -> Path:
     return Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
 
 
-def compile_together(*lower: Callable[[], Lowered]) -> list[Compiled]:
-    """Compile programs side by side, on all cores.
+class Call(NamedTuple):
+    """A jitted function and arguments to compile it for: trees of arrays, or of shapes with shardings."""
+
+    function: Wrapped
+    arguments: tuple[Any, ...]
+
+
+def compile_together(*calls: Call, store: ProgramStore | None = None, made_from: str = "") -> list[Compiled]:
+    """Compile programs side by side, on all cores, or take them from `store`.
 
     XLA would compile the kernels of a program one after the other, a second or two each. But a process compiles no
     kernel that it has compiled before. So each is first compiled as a program of its own, all at the same time, while
     Python lowers the next program.
 
     Args:
-      lower: for each program, what lowers it.
+      calls: what to compile.
+      store: where to look first, and to keep what was compiled.
+      made_from: for the store: what the functions depend on, in words.
     """
     kernels: dict[bytes, Future[Compiled]] = {}
 
-    def compile_kernel(call: dict[str, Any]) -> Compiled:
-        return kernel_program(call).lower().compile()
+    def load(call: Call) -> Compiled | None:
+        return None if store is None else store.load(call.function.__name__, made_from, call.arguments)
 
-    def compile_after(needed: list[Future[Compiled]], program: Lowered) -> Compiled:
+    def compile_kernel(attributes: dict[str, Any]) -> Compiled:
+        return kernel_program(attributes).lower().compile()
+
+    def compile_after(needed: list[Future[Compiled]], call: Call, lowered: Lowered) -> Compiled:
         wait(needed)
-        return program.compile()
+        program = lowered.compile()
+        if store is not None:
+            store.save(call.function.__name__, made_from, call.arguments, program)
+        return program
 
     # Threads take what was submitted first, so those that wait never keep the kernels from being compiled.
     with ThreadPoolExecutor() as pool:
-        programs = []
-        for lower_program in lower:
-            program = lower_program()
-            for call in kernel_calls(program):
-                if (key := call["kernel_hash"]) not in kernels:
-                    kernels[key] = pool.submit(compile_kernel, call)
-            programs.append(pool.submit(compile_after, list(kernels.values()), program))
-        return [compiled.result() for compiled in programs]
+        programs: list[Compiled | Future[Compiled]] = []
+        for call, loaded in zip(calls, pool.map(load, calls), strict=True):
+            if loaded is not None:
+                programs.append(loaded)
+                continue
+            lowered = call.function.lower(*call.arguments)
+            for attributes in kernel_calls(lowered):
+                if (key := attributes["kernel_hash"]) not in kernels:
+                    kernels[key] = pool.submit(compile_kernel, attributes)
+            programs.append(pool.submit(compile_after, list(kernels.values()), call, lowered))
+        return [program.result() if isinstance(program, Future) else program for program in programs]
 
 
 def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:

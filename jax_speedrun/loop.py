@@ -10,11 +10,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 from .checkpoint import Checkpoints
-from .compilation import compile_together
+from .compilation import Call, compile_together
 from .config import Config, peak_flops, to_dict
 from .data import Batch, TokenBatches, prefetch
 from .distributed import SharedError, is_first, place
 from .kernels.block_mask import BLOCK_SIZE
+from .program_store import ProgramStore
 from .runlog import RunLog, StepClock
 from .sharding import split_sequences
 from .step import Metrics, Params, Program, TrainState
@@ -34,6 +35,8 @@ class DivergedError(SharedError, RuntimeError):
 class Loop:
     """What runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
 
+    With `store`, compiled programs come from there and stay there.
+
     With `trace`, a folder, some steps are traced into it, for xprof or Perfetto.
     """
 
@@ -45,9 +48,11 @@ class Loop:
         log: RunLog | None,
         checkpoints: Checkpoints,
         clock: StepClock,
+        store: ProgramStore | None = None,
         trace: Path | None = None,
     ):
         self.config, self.program, self.log, self.checkpoints, self.clock = config, program, log, checkpoints, clock
+        self.store = store
         self.split = split_sequences(mesh)
         self.device = mesh.local_devices[0]
         peak = peak_flops(self.device)
@@ -67,8 +72,10 @@ class Loop:
         sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=self.split)
         began = time.perf_counter()
         train_step, evaluate = compile_together(
-            lambda: self.program.train_step.lower(state, sequences, sequences),
-            lambda: self.program.evaluate.lower(state, *validation),
+            Call(self.program.train_step, (state, sequences, sequences)),
+            Call(self.program.evaluate, (state, *validation)),
+            store=self.store,
+            made_from=repr(config),
         )
         self._say(f"compiled in {time.perf_counter() - began:.1f} s")
 

@@ -13,6 +13,7 @@ from .data import Rows, TokenBatches, find_shards, validation_count, validation_
 from .errors import UsageError
 from .lock import locked
 from .loop import TRACED_STEPS, Loop
+from .program_store import ProgramStore
 from .runlog import RunLog, StepClock
 from .sharding import split_sequences
 from .step import make_program
@@ -27,6 +28,7 @@ def train(
     resume: bool = False,
     resume_step: int | None = None,
     profile: bool = False,
+    store: ProgramStore | None = None,
 ) -> float:
     """Train, and write the run's folder `out`. All processes of a run call this alike; the first one writes.
 
@@ -37,6 +39,7 @@ def train(
       out: the run's folder; with `resume`, one that holds a checkpoint.
       resume: go on from a checkpoint, the last one or that of `resume_step`; what the folder has of later steps goes.
       profile: trace some steps of the first process into `out`/profile.
+      store: where compiled programs are kept between runs.
 
     Returns:
       The last validation loss; nan if a signal stopped the run before the first.
@@ -92,7 +95,7 @@ def train(
         tokens, targets, weights = (distributed.place(split, total, rows) for rows in held_out)
         clock = StepClock(**metadata.get("clock", {}))
         trace = out / "profile" if profile and distributed.is_first() else None
-        loop = Loop(config, mesh, program, log, checkpoints, clock, trace)
+        loop = Loop(config, mesh, program, log, checkpoints, clock, store, trace)
         return loop.run(state, batches, (tokens, targets, weights), start)
 
 

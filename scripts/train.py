@@ -16,6 +16,7 @@ from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.attention import Implementation
 from jax_speedrun.loop import DivergedError
 from jax_speedrun.plan import describe
+from jax_speedrun.program_store import store_for
 from jax_speedrun.sharding import make_mesh, start_devices
 from jax_speedrun.train import train
 
@@ -96,9 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         distributed.start(args.coordinator, args.processes, args.process_id, args.mesh)
-        if not args.dry_run:
-            keep_compiled_programs()
-        _run(args)
+        _run(args, None if args.dry_run else keep_compiled_programs())
     except (UsageError, DivergedError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
@@ -113,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, compiled: Path | None) -> None:
     fields = {field.name for field in dataclasses.fields(Config)} - {"preset"}
     changes = {name: value for name, value in vars(args).items() if name in fields and value is not None}
     with distributed.together():
@@ -132,7 +131,16 @@ def _run(args: argparse.Namespace) -> None:
     named = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
     out = Path(distributed.exchange(str(named))[0])  # clocks differ
     _say(f"data:       {data}\nrun:        {out}")
-    train(config, mesh, data, out, resume=args.resume is not None, resume_step=args.resume_step, profile=args.profile)
+    train(
+        config,
+        mesh,
+        data,
+        out,
+        resume=args.resume is not None,
+        resume_step=args.resume_step,
+        profile=args.profile,
+        store=store_for(mesh, compiled),
+    )
 
 
 def _say(message: str) -> None:

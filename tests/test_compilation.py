@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_speedrun import compilation
-from jax_speedrun.compilation import compile_together, keep_compiled_programs, kernel_calls, kernel_program
+from jax_speedrun.compilation import Call, compile_together, keep_compiled_programs, kernel_calls, kernel_program
 from jax_speedrun.kernels.residual_hopper import sum_product
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,42 +113,40 @@ def test_programs_of_a_cpu_have_none():
     assert not list(kernel_calls(jax.jit(jnp.sin).lower(1.0)))
 
 
+class Recorded:
+    """A jitted function, or what it was lowered to, that says when it is compiled."""
+
+    def __init__(self, what, events):
+        self.what, self.events = what, events
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        self.events.append(self.what)
+        if self.what == "broken":
+            raise ValueError("no")
+        return self.what
+
+
 def test_kernels_come_once_and_first(monkeypatch):
     events = []
-
-    class Recorded:
-        def __init__(self, what):
-            self.what = what
-
-        def lower(self):
-            return self
-
-        def compile(self):
-            events.append(self.what)
-            return self.what
-
     monkeypatch.setattr(compilation, "kernel_calls", lambda program: ({"kernel_hash": k} for k in program.what))
-    monkeypatch.setattr(compilation, "kernel_program", lambda call: Recorded(call["kernel_hash"]))
+    monkeypatch.setattr(compilation, "kernel_program", lambda attributes: Recorded(attributes["kernel_hash"], events))
     first, second = (b"a", b"b", b"a"), (b"b", b"c")
-    assert compile_together(lambda: Recorded(first), lambda: Recorded(second)) == [first, second]
+    assert compile_together(*(Call(Recorded(what, events), ()) for what in (first, second))) == [first, second]
     assert sorted(event for event in events if isinstance(event, bytes)) == [b"a", b"b", b"c"]
     assert events.index(first) > max(events.index(b"a"), events.index(b"b"))
     assert events.index(second) > max(events.index(kernel) for kernel in (b"a", b"b", b"c"))
 
 
-def test_programs_that_do_not_compile_say_so():
-    class Broken:
-        def compiler_ir(self, dialect):
-            return jax.jit(jnp.sin).lower(1.0).compiler_ir(dialect)
-
-        def compile(self):
-            raise ValueError("no")
-
+def test_a_program_that_does_not_compile_says_so(monkeypatch):
+    monkeypatch.setattr(compilation, "kernel_calls", lambda program: ())
     with pytest.raises(ValueError, match="no"):
-        compile_together(lambda: jax.jit(jnp.sin).lower(1.0), Broken)
+        compile_together(Call(Recorded("fine", []), ()), Call(Recorded("broken", []), ()))
 
 
 def test_programs_compiled_together_compute_what_they_should():
-    sine, cosine = compile_together(lambda: jax.jit(jnp.sin).lower(1.0), lambda: jax.jit(jnp.cos).lower(1.0))
+    sine, cosine = compile_together(*(Call(jax.jit(function), (1.0,)) for function in (jnp.sin, jnp.cos)))
     assert sine(0.5) == jnp.sin(0.5)
     assert cosine(0.5) == jnp.cos(0.5)

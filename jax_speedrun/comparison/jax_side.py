@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from flax import nnx
 from jax import Array
 from jax.stages import Compiled, Wrapped
 
-from ..compilation import compile_together
+from ..compilation import Call, compile_together
 from ..config import from_dict, peak_flops, resolve
 from ..kernels.attention import block_sparse_attention
 from ..kernels.block_mask import long_short_masks
 from ..kernels.head_loss import fp8_supported, head_loss
 from ..model import ATTENTION_SCALE, GPT, model_graph
 from ..optimizer import recipe_optimizer
+from ..program_store import store_for
 from ..sharding import make_mesh, replicate, split_sequences
 from ..step import Params, TrainState, make_program
 
@@ -45,6 +47,8 @@ class JaxSide:
         self._state: TrainState | None = None
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self._compiled: dict[Wrapped, Compiled] = {}
+        cache = jax.config.jax_compilation_cache_dir
+        self._store = store_for(self.mesh, Path(cache) if cache else None)
 
     @property
     def state(self) -> TrainState:
@@ -143,7 +147,8 @@ class JaxSide:
     def _call(self, function: Wrapped, *arguments: Any) -> Any:
         """Call a jitted function, compiled as a run compiles it."""
         if function not in self._compiled:
-            (self._compiled[function],) = compile_together(lambda: function.lower(*arguments))
+            call = Call(function, arguments)
+            (self._compiled[function],) = compile_together(call, store=self._store, made_from=repr(self.config))
         return self._compiled[function](*arguments)
 
     def _train_step(self, sequences: tuple[Array, Array], step: int) -> Array:

@@ -63,6 +63,7 @@ class Launcher:
         script = ROOT / "scripts" / "compare.py"
         command = [self.interpreters[framework], str(script), "--worker", framework, str(job_file)]
         cache = self.folder / "cache"
+        (cache / "jax").mkdir(parents=True, exist_ok=True)  # or JAX makes it with its first program
         environment = {
             **os.environ,
             # The package of this checkout, also for an interpreter that has not installed it.
