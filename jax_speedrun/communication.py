@@ -23,11 +23,11 @@ COLLECTIVE_MS = 0.02
 """Assumed: what starting a collective costs before its first byte moves."""
 HOP_MS = 0.003
 """Assumed: what each further device of a ring adds to that."""
-STEP_MS = 102.8
+STEP_MS = 94.1
 """Measured: `eighth` on one H100, a sequence of 65,536 tokens and the whole optimiser, mean over the windows of a run
-(docs/performance.md, 2026-11-24)."""
-NEWTON_SCHULZ_MS = 4.2
-"""Measured on one H100: Newton-Schulz of all the record's matrices, batched as two stacks, part of the above."""
+(docs/performance.md, 2026-11-25)."""
+NEWTON_SCHULZ_MS = 3.5
+"""Measured on one H100: Newton-Schulz of all the record's matrices in a profile of 2026-11-25, part of the above."""
 BACKWARD = 2 / 3
 """The share of forward and backward that is backward."""
 EXPOSED = "nothing"

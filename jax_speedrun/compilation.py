@@ -56,6 +56,10 @@ class Call(NamedTuple):
     function: Wrapped
     arguments: tuple[Any, ...]
 
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", "program")
+
 
 def compile_together(*calls: Call, store: ProgramStore | None = None, made_from: str = "") -> list[Compiled]:
     """Compile programs side by side, on all cores, or take them from `store`.
@@ -72,7 +76,7 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
     kernels: dict[bytes, Future[Compiled]] = {}
 
     def load(call: Call) -> Compiled | None:
-        return None if store is None else store.load(call.function.__name__, made_from, call.arguments)
+        return None if store is None else store.load(call.name, made_from, call.arguments)
 
     def compile_kernel(attributes: dict[str, Any]) -> Compiled:
         return kernel_program(attributes).lower().compile()
@@ -81,7 +85,7 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
         wait(needed)
         program = lowered.compile()
         if store is not None:
-            store.save(call.function.__name__, made_from, call.arguments, program)
+            store.save(call.name, made_from, call.arguments, program)
         return program
 
     # Threads take what was submitted first, so those that wait never keep the kernels from being compiled.
@@ -113,7 +117,8 @@ def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:
                     else:
                         yield from walk(found)
 
-    yield from walk(program.compiler_ir("stablehlo").operation)
+    module: Any = program.compiler_ir("stablehlo")
+    yield from walk(module.operation)
 
 
 def kernel_program(attributes: dict[str, Any]) -> Wrapped:

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
 from .errors import UsageError
 
@@ -19,7 +20,10 @@ _RESUMED = re.compile(r"^resumed:\d+/\d+$", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, as the last validation line of its log has it; if `resumed`, its clock left out 10 steps more."""
+    """A finished run, as the last validation line of its log has it; if `resumed`, its clock left out 10 steps more.
+
+    `curve`: (training time in s, validation loss) at each validation, nan where the loss was.
+    """
 
     log: Path
     steps: int
@@ -27,6 +31,7 @@ class Run:
     train_time_s: float
     step_avg_ms: float
     resumed: bool
+    curve: tuple[tuple[float, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,8 @@ def read_run(log: Path) -> Run:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); name the log.txt of a run") from error
-    final = [line for line in _VALIDATION.findall(text) if line[0] == line[1]]
+    validations = _VALIDATION.findall(text)
+    final = [line for line in validations if line[0] == line[1]]
     if not final:
         raise UsageError(f"{file}: no validation at the last step; leave out runs that are not finished")
     if len(final) > 1:
@@ -69,11 +75,12 @@ def read_run(log: Path) -> Run:
     step, _, *values = final[0]
     try:
         val_loss, train_time_ms, step_avg_ms = map(float, values)
+        curve = tuple((float(time_ms) / 1000, float(loss)) for _, _, loss, time_ms, _ in validations)
     except ValueError as error:
-        raise UsageError(f"{file}: {error} in its last validation line; the log is damaged") from error
+        raise UsageError(f"{file}: {error} in a validation line; the log is damaged") from error
     if not math.isfinite(val_loss):
         raise UsageError(f"{file}: the last validation loss is {val_loss}; leave out runs that diverged")
-    return Run(file, int(step), val_loss, train_time_ms / 1000, step_avg_ms, bool(_RESUMED.search(text)))
+    return Run(file, int(step), val_loss, train_time_ms / 1000, step_avg_ms, bool(_RESUMED.search(text)), curve)
 
 
 def read_runs(logs: Sequence[Path]) -> list[Run]:
@@ -127,6 +134,31 @@ def report(runs: Sequence[Run], versus: Sequence[Run] = (), target: float = TARG
         for (name, values, decimals), (_, others, _) in zip(_columns(runs), _columns(versus), strict=True):
             lines.append(f"  {name:<10} {_difference(compare(values, others), decimals)}")
     return "\n".join(lines)
+
+
+def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Validation loss over training time for each named group of runs, as a PNG: one line a run, one colour a group.
+
+    Raises:
+      UsageError: if `path` cannot be written.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, runs) in enumerate(groups.items()):
+        loss, time_s = np.mean([run.val_loss for run in runs]), np.mean([run.train_time_s for run in runs])
+        for run in runs:
+            label = f"{name}: {loss:.3f} after {time_s:.0f} s (n = {len(runs)})" if run is runs[0] else None
+            axes.plot(*zip(*run.curve, strict=True), ".-", color=f"C{number}", linewidth=1, label=label)
+    # The first loss, that of random weights, would leave no room for the rest.
+    later = [loss for runs in groups.values() for run in runs for _, loss in run.curve[1:]]
+    axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
+    axes.set(xlabel="training time, s", ylabel="validation loss, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _columns(runs: Sequence[Run]) -> list[tuple[str, list[float], int]]:

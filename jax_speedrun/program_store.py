@@ -54,8 +54,9 @@ class ProgramStore:
             print(f"{path}: damaged, so {name} is compiled anew", file=sys.stderr)
             return None
         try:
+            executable, in_tree, out_tree = pickle.loads(content)
             program: Compiled = serialize_executable.deserialize_and_load(
-                *pickle.loads(content), backend=devices[0].client, execution_devices=devices
+                executable, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
             )
             os.utime(path)
         except Exception as error:  # what a backend raises for a program that it will not load is its own affair

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.evidence import TARGET, read_runs, report
+from jax_speedrun.evidence import TARGET, draw, read_runs, report
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,12 +17,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--target", type=float, default=TARGET, metavar="LOSS", help="val loss to be below (default: %(default)s)"
     )
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the loss curves of all runs, as a PNG")
+    parser.add_argument(
+        "--names", nargs=2, default=("runs", "versus"), metavar="NAME", help="of the two groups in the chart"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
-    print(report(read_runs(options.logs), read_runs(options.versus), options.target))
+    groups = read_runs(options.logs), read_runs(options.versus)
+    print(report(*groups, options.target))
+    if options.chart:
+        draw({name: runs for name, runs in zip(options.names, groups, strict=True) if runs}, options.chart)
 
 
 if __name__ == "__main__":

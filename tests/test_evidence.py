@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.evidence import compare, p_below, read_run, read_runs, report, summarize
+from jax_speedrun.evidence import compare, draw, p_below, read_run, read_runs, report, summarize
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,3 +207,21 @@ def test_the_script_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("evidence.py: error: ")
     assert str(tmp_path / "log.txt") in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_curve_is_that_of_the_log(tmp_path: Path) -> None:
+    middle = "step:700/1385 val_loss:4.5 train_time:90000ms step_avg:130.43ms\n"
+    log = write_log(tmp_path / "log.txt", 3.27, 178000, extra=middle)
+    assert read_run(log).curve == ((0.0, 10.8258), (90.0, 4.5), (178.0, 3.27))
+
+
+def test_the_chart(tmp_path: Path) -> None:
+    logs = [write_log(tmp_path / f"{name}.txt", 3.27, 178000) for name in "ab"]
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    assert run_script(logs[0], "--chart", one).returncode == 0
+    named = run_script(logs[0], "--versus", logs[1], "--chart", two, "--names", "JAX", "PyTorch")
+    assert (named.returncode, named.stderr) == (0, "")
+    assert one.read_bytes().startswith(b"\x89PNG")
+    assert one.read_bytes() != two.read_bytes()
+    with pytest.raises(UsageError, match=r"never/chart.png: cannot be written"):
+        draw({"JAX": read_runs(logs)}, tmp_path / "never" / "chart.png")

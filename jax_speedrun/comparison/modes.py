@@ -118,13 +118,15 @@ def compare_values(
 
 
 def train(options: argparse.Namespace, launch: Launcher, out: Path) -> int:
-    """Whole runs in turns; print their statistics."""
+    """Whole runs in turns; print their statistics, write curves.png."""
     if options.data is None:
         raise UsageError("--train needs --data: 91 M tokens for a whole run; scripts/prepare_data.py makes shards")
     runs = turns.train_in_turns(launch.interpreters, options.data, out, options.seeds, options.steps)
     jax_runs, torch_runs = (evidence.read_runs(runs[framework]) for framework in turns.FRAMEWORKS)
     print("runs: JAX; versus: PyTorch")
     print(evidence.report(jax_runs, torch_runs))
+    evidence.draw({"JAX": jax_runs, "PyTorch": torch_runs}, out / "curves.png")
+    print(f"written: {out / 'curves.png'}")
     return 0
 
 
