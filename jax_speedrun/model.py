@@ -121,7 +121,7 @@ class Block(nnx.Module):
         kernels: KernelPath,
     ) -> Array:
         x_TD = mix(self.lambdas[...], x_TD, x0_TD)
-        scale_T = inverse_rms(x_TD, NORM_EPSILON)
+        scale_T = jax.lax.stop_gradient(inverse_rms(x_TD, NORM_EPSILON))  # known: residual.py
         if self.attention is not None:
             x_TD, scale_T = self.attention(x_TD, scale_T, value_embedding_TC, mask, cos_sin, attention, kernels)
         return self.mlp(x_TD, scale_T, kernels)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jax_speedrun.config import PRESETS, ModelConfig
+from jax_speedrun.kernels.residual import inverse_rms
 from jax_speedrun.model import GPT
 from tests.numpy_model import forward_loss
 
@@ -120,6 +121,31 @@ def test_gradient_equals_finite_differences_for_every_kind_of_weight():
         difference = (moved(step) - moved(-step)) / (2 * step)
         along = float(np.sum(np.asarray(leaf, np.float64) * direction))
         assert abs(along - difference) < 2e-4 * max(abs(difference), 1e-3), (name, along, difference)
+
+
+def test_the_scale_of_a_norm_is_known(monkeypatch):
+    """Whoever uses it returns its gradient as part of x's: another way back would cost a pass over x for zeros."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def counted(x_TD, epsilon):
+        return inverse_rms(x_TD, epsilon)
+
+    differentiated = []
+
+    def backward(epsilon, x_TD, d_scale_T):
+        differentiated.append(x_TD.shape)
+        return jax.vjp(lambda x_TD: inverse_rms(x_TD, epsilon), x_TD)[1](d_scale_T)
+
+    counted.defvjp(lambda x_TD, epsilon: (counted(x_TD, epsilon), x_TD), backward)
+    monkeypatch.setattr("jax_speedrun.model.inverse_rms", counted)
+    graph, params, tokens, targets = setup()
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        return model.loss(tokens, targets, jnp.int32(1), attention="xla", head_precision="float32")
+
+    jax.grad(loss)(params)
+    assert len(differentiated) == 2  # of the embedding and of the last layer, which are written as normalised
 
 
 def test_initial_loss_is_uniform_and_parameters_are_the_records():
