@@ -20,6 +20,7 @@ __all__ = [
     "TokenBatches",
     "Tokens",
     "find_shards",
+    "first_tokens",
     "prefetch",
     "read_shard",
     "validation_count",
@@ -50,6 +51,19 @@ def find_shards(directory: Path, split: str) -> list[Path]:
             f"--data {directory}: {packed[0].name} is compressed; unpack with `xz -dk {directory}/*.bin.xz`"
         )
     raise UsageError(f"--data {directory}: no *_{split}_*.bin in it; scripts/prepare_data.py makes shards")
+
+
+def first_tokens(directory: Path, length: int) -> Rows:
+    """The first `length` training tokens of a folder, from the start again where they end; for benchmarks.
+
+    Raises:
+        UsageError: as `find_shards`, or a bad shard.
+    """
+    parts: list[Tokens] = []
+    for path in find_shards(directory, "train"):
+        if sum(map(len, parts)) < length:
+            parts.append(read_shard(path)[:length])
+    return np.resize(np.concatenate(parts), length).astype(np.int32)
 
 
 class TokenBatches(Iterator[Batch]):

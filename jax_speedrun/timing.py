@@ -13,6 +13,7 @@ def milliseconds(
     *,
     calls: int,
     rounds: int,
+    wait: Callable[[Any], object] = jax.block_until_ready,
 ) -> dict[str, float]:
     """For each function the time of a call: the median over `rounds` of the mean of `calls` calls in a row.
 
@@ -21,16 +22,17 @@ def milliseconds(
 
     Args:
       runs: each dispatches work and returns its arrays.
+      wait: returns when the work behind such a result is done.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        jax.block_until_ready(run())
+        wait(run())
     for _ in range(rounds):
         for name, run in runs.items():
-            jax.block_until_ready(run())
+            wait(run())
             start = time.perf_counter()
             for _ in range(calls):
                 result = run()
-            jax.block_until_ready(result)
+            wait(result)
             times[name].append((time.perf_counter() - start) / calls)
     return {name: 1e3 * float(np.median(of_rounds)) for name, of_rounds in times.items()}

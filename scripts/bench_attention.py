@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,17 +23,18 @@ import matplotlib
 import numpy as np
 from jax import Array
 
-from jax_speedrun.data import TINY_DATA, find_shards, read_shard
+from jax_speedrun.data import TINY_DATA, first_tokens
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels import attention_hopper
 from jax_speedrun.kernels.attention import Implementation, block_sparse_attention, resolve_implementation
 from jax_speedrun.kernels.attention_hopper_walk import Walks, build_walks
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
+from jax_speedrun.timing import milliseconds
 
 PEERS = ("hopper", "xla", "cudnn", "flex")
 SCALE = 0.12
 LONG_LAYERS, SHORT_LAYERS = 3, 8  # of the record's twelve layers, one has no attention
-CALLS, LOOPS = 10, 7  # a time is the median of LOOPS loops of CALLS calls
+CALLS, ROUNDS = 10, 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,19 +149,6 @@ def to_numpy(result: Any) -> list[np.ndarray]:
     return [x[0].transpose(0, 1).float().cpu().numpy() for x in parts]
 
 
-def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    for _ in range(3):
-        wait(run())
-    times = []
-    for _ in range(LOOPS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            result = run()
-        wait(result)
-        times.append((time.perf_counter() - start) / CALLS)
-    return 1e3 * float(np.median(times))
-
-
 @jax.jit
 def float32_truth(inputs: tuple[Array, ...], documents_T: Array, blocks: Array) -> tuple[Array, ...]:
     """o, dq, dk, dv in float32, one block of queries at a time against all keys: no lists, only the rule itself."""
@@ -207,7 +194,7 @@ def measure(case: Case, peer: str, draws: list[Runs], truths: list[list[np.ndarr
     for direction, runs, products, wanted in zip(
         ("forward", "backward"), zip(*draws, strict=True), (2, 5), (slice(0, 1), slice(1, 4)), strict=True
     ):
-        ms = milliseconds(runs[0], wait)
+        ms = milliseconds({direction: runs[0]}, calls=CALLS, rounds=ROUNDS, wait=wait)[direction]
         tflops = products * 2 * width * heads * pairs / ms / 1e9
         largest = relative = None
         if truths and peer != "cudnn":
@@ -229,7 +216,8 @@ def matmul_ceiling() -> float:
     size = 8192 if jax.default_backend() == "gpu" else 512
     a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul)
-    return 2 * size**3 / milliseconds(lambda: product(a, b), jax.block_until_ready) / 1e9
+    ms = milliseconds({"product": lambda: product(a, b)}, calls=CALLS, rounds=ROUNDS)["product"]
+    return 2 * size**3 / ms / 1e9
 
 
 def layer_mix(rows: list[Row], window: int) -> str:
@@ -277,16 +265,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_tokens(directory: Path, length: int) -> Array:
-    if length <= 0 or length % BLOCK_SIZE:
-        raise UsageError(f"--length {length}: must be a positive multiple of {BLOCK_SIZE}")
-    shards = [read_shard(path) for path in find_shards(directory, "train")]
-    tokens = np.concatenate([shard[:length] for shard in shards])[:length]
-    if len(tokens) < length:
-        raise UsageError(f"--length {length}: the shards in {directory} hold only {len(tokens)} tokens")
-    return jnp.asarray(tokens, jnp.int32)
-
-
 def random_inputs(shape: tuple[int, int, int], seed: int) -> tuple[Array, Array, Array, Array]:
     q, k, v, d_output = (
         jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(seed), 4)
@@ -320,7 +298,9 @@ def main() -> None:
     for name, smallest in (("--windows", min(options.windows)), ("--draws", options.draws)):
         if smallest < 1:
             raise UsageError(f"{name}: must be at least 1")
-    tokens = load_tokens(options.data, options.length)
+    if options.length <= 0 or options.length % BLOCK_SIZE:
+        raise UsageError(f"--length {options.length}: must be a positive multiple of {BLOCK_SIZE}")
+    tokens = jnp.asarray(first_tokens(options.data, options.length))
     shape = (options.length, options.heads, options.head_width)
     draws = [random_inputs(shape, seed) for seed in range(options.draws)]
     documents_T = long_short_masks(tokens, 1)[0].documents

@@ -9,23 +9,22 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_speedrun.data import TINY_DATA, find_shards, read_shard
+from jax_speedrun.data import TINY_DATA, first_tokens
 from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels.embedding import TokenOrder, plain_gradient, sort_tokens
 from jax_speedrun.kernels.embedding_hopper import TOKENS, borders_of, hopper_gradient
+from jax_speedrun.timing import milliseconds
 
 TABLES = 4
-CALLS, LOOPS = 20, 7  # a time is the median of LOOPS loops of CALLS calls
+CALLS, ROUNDS = 20, 7
 COPY_RATE = 3.0e12  # bytes a second, reads and writes together
 
 type Gradient = Callable[[Array, Array, TokenOrder], Array]
@@ -69,19 +68,6 @@ def table_bytes(order: TokenOrder, width: int) -> dict[str, float]:
     }
 
 
-def milliseconds(run: Callable[[], Any], calls: int) -> float:
-    for _ in range(2):
-        jax.block_until_ready(run())
-    times = []
-    for _ in range(LOOPS):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * float(np.median(times))
-
-
 def error_of_bound(got: Array, d_rows: Array, order: TokenOrder) -> float:
     """n float32 additions: n 2^-24 of the sum of magnitudes; rounding to bf16: 2^-8 of the sum."""
     ids, starts = np.unique(np.asarray(order.sorted_T), return_index=True)
@@ -102,17 +88,11 @@ def measure(name: str, gradient: Gradient, inputs: tuple[Array, list[Array], Tok
     repeats = all(bool(jnp.array_equal(a, b)) for a, b in zip(first, second, strict=True))
     error = max(error_of_bound(got, d, order) for got, d in zip(first, d_rows, strict=True))
     del first, second
-    ms = milliseconds(lambda: compiled(d_rows, tokens, order), CALLS if jax.default_backend() == "gpu" else 1)
+    runs = {name: lambda: compiled(d_rows, tokens, order)}
+    ms = milliseconds(runs, calls=CALLS if jax.default_backend() == "gpu" else 1, rounds=ROUNDS)[name]
     memory = compiled.memory_analysis()
     temporary = memory.temp_size_in_bytes if memory is not None else 0
     return Row(name, ms, TABLES * traffic / COPY_RATE * 1e3, temporary, error, repeats)
-
-
-def load_tokens(directory: Path, length: int, vocabulary: int) -> Array:
-    if length <= 0 or length % TOKENS:
-        raise UsageError(f"--length {length}: must be a positive multiple of {TOKENS}")
-    text = np.concatenate([read_shard(path)[:length] for path in find_shards(directory, "train")])
-    return jnp.asarray(np.resize(text, length).astype(np.int32) % vocabulary)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> bool:
     """Whether every variant is right, and `hopper` repeats to the bit."""
-    tokens = load_tokens(args.data, args.length, args.vocabulary)
+    if args.length <= 0 or args.length % TOKENS:
+        raise UsageError(f"--length {args.length}: must be a positive multiple of {TOKENS}")
+    tokens = jnp.asarray(first_tokens(args.data, args.length) % args.vocabulary)
     keys = jax.random.split(jax.random.key(0), TABLES)
     d_rows = [jax.random.normal(key, (args.length, args.width), jnp.bfloat16) for key in keys]
     sort = jax.jit(sort_tokens, static_argnums=1)
@@ -139,8 +121,8 @@ def run(args: argparse.Namespace) -> bool:
     )
     print(f"{np.count_nonzero(counts)} ids, the most frequent {counts.max()} times")
     traffic = table_bytes(order, args.width)
-    rows = [Row("sort", milliseconds(lambda: sort(tokens, args.vocabulary), CALLS), 64 * args.length / COPY_RATE * 1e3,
-                0, None, True)]  # fmt: skip
+    sorting = milliseconds({"sort": lambda: sort(tokens, args.vocabulary)}, calls=CALLS, rounds=ROUNDS)["sort"]
+    rows = [Row("sort", sorting, 64 * args.length / COPY_RATE * 1e3, 0, None, True)]
     for name in args.variants:
         rows.append(measure(name, gradients()[name], (tokens, d_rows, order), traffic[name]))
     print("variant         ms  by bytes  temporary MB  error/bound  repeats")

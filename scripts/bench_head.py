@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,16 @@ from jax_speedrun.kernels.head_hopper import unsupported_shape
 from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
 from jax_speedrun.kernels.paths import KernelPath
+from jax_speedrun.timing import milliseconds
 
 INTERPRET = jax.default_backend() != "gpu"
-CALLS, LOOPS = (1, 1) if INTERPRET else (5, 7)  # a time is the median of LOOPS loops of CALLS calls
+CALLS, ROUNDS = (1, 1) if INTERPRET else (5, 7)
 BYTES, SPECIALS, INSTRUCTIONS = 3.0e12, 132 * 16 * 1.755e9, 132 * 128 * 1.755e9  # a second
 LOGITS_FLOPS, GRADIENT_FLOPS = 1190e12, 1530e12  # dx and dW together 6.6 ms at the record's sizes
-FAST = ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt")
-PLAIN = ("logits, cuBLASLt", "middle, XLA", "dx, cuBLASLt", "dW, cuBLASLt")
+WHOLE: dict[KernelPath, tuple[str, ...]] = {  # path: its parts
+    "plain": ("logits, cuBLASLt", "middle, XLA", "dx, cuBLASLt", "dW, cuBLASLt"),
+    "fast": ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt"),
+}
 
 type Timed = dict[str, tuple[Callable[[], Any], float]]  # name: (call, predicted seconds a token)
 
@@ -45,18 +47,6 @@ class Row:
     chunk: int
     predicted_ms: float
     ms: float
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(LOOPS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / CALLS)
-    return 1e3 * float(np.median(times))
 
 
 def inputs(tokens: int, vocabulary: int, width: int) -> tuple[Array, Array, Array]:
@@ -186,13 +176,13 @@ def main() -> None:
     arguments = inputs(options.tokens, *sizes)
     for chunk in options.chunks:
         timed = parts(chunk, *sizes)
-        results = {
-            name: (seconds, milliseconds(run) * options.tokens / chunk) for name, (run, seconds) in timed.items()
-        }
+        times = milliseconds({name: run for name, (run, _) in timed.items()}, calls=CALLS, rounds=ROUNDS)
+        results = {name: (seconds, times[name] * options.tokens / chunk) for name, (_, seconds) in timed.items()}
         del timed  # and with it the buffers
-        for implementation, names in (("plain", PLAIN), ("fast", FAST)):
-            run = functools.partial(whole("fp8", implementation, chunk), *arguments)
-            results[f"whole, {implementation}"] = sum(results[name][0] for name in names), milliseconds(run)
+        wholes = {f"whole, {path}": functools.partial(whole("fp8", path, chunk), *arguments) for path in WHOLE}
+        times = milliseconds(wholes, calls=CALLS, rounds=ROUNDS)
+        for name, of_parts in zip(wholes, WHOLE.values(), strict=True):
+            results[name] = sum(results[part][0] for part in of_parts), times[name]
         for name, (seconds, ms) in results.items():
             rows.append(Row(name, chunk, 1e3 * seconds * options.tokens, ms))
             print(f"{name:32s} {chunk:6d} {rows[-1].predicted_ms:12.2f} {ms:10.3f}", flush=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax_speedrun.data import (
     TokenBatches,
     find_shards,
+    first_tokens,
     prefetch,
     read_shard,
     validation_count,
@@ -313,6 +314,15 @@ def test_write_shard_is_byte_exact_and_atomic(tmp_path: Path, monkeypatch: pytes
         write_shard(path, np.array([1, 2]))
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a_train_000001.bin", "b"]
+
+
+@pytest.mark.parametrize("length", [1, 100, 300, 301, 450, 1000])
+def test_first_tokens_go_round(tmp_path: Path, length: int) -> None:
+    _, contents = make_shards(tmp_path, [300, 150])
+    everything = np.concatenate(contents).astype(np.int64)
+    got = first_tokens(tmp_path, length)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, everything[np.arange(length) % 450])
 
 
 def test_find_shards(tmp_path: Path) -> None:
