@@ -36,9 +36,10 @@ Nobody waits in a circle: warpgroups wait for the producer alone, and a slot is 
 issued, which takes 2 stages.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -141,210 +142,299 @@ def product(
         raise ValueError(
             f"a slot is freed while the next one is in use: stages must be at least 2, got {config.stages}"
         )
-    (length, width), (outputs, _) = (xs[0].shape[0], xs[0].shape[1] * len(xs)), w_ND.shape
-    steps_of_one = xs[0].shape[1] // config.channels
-    steps, parts = width // config.channels, config.columns // PART
-    stages = min(config.stages, steps)
-    row_tiles, column_tiles = length // ROWS, outputs // config.columns
-    # The interpreter runs one program after the other: several tiles for each are what needs a test.
-    programs = min(row_tiles * column_tiles, 2 if interpret else MULTIPROCESSORS)
-    units = parts // epilogue.unit
-    row_results = units * epilogue.row_results
+    cut = Cut.of(xs, w_ND, config, interpret)
+    row_results = cut.parts // epilogue.unit * epilogue.row_results
     inputs = (xs, [w_ND], epilogue.rows, epilogue.narrow, epilogue.tiles)
 
     def body(*refs: Ref, smem: Buffers, barriers: Barriers) -> None:
         x_refs, (w,), row_refs, narrow_refs, tile_refs, (out, *row_out) = _split(refs, *map(len, inputs))
-        program = lax.axis_index("program")
-        count = pl.cdiv(row_tiles * column_tiles - program, programs)
-        # Not 0: the compiler would know each step's slot, and keep all their addresses in registers.
-        first_slot = lax.rem(program, stages)
-
-        def corner(i: Array) -> tuple[Array, Array]:
-            """First row of this program's i-th tile, and its number among the tiles of these rows."""
-            number = program + i * programs
-            return lax.div(number, column_tiles) * ROWS, lax.rem(number, column_tiles)
-
-        def produce() -> None:
-            @pl.loop(0, count)
-            def _tile(i: Array) -> None:
-                row, column_tile = corner(i)
-
-                @pl.loop(0, steps)
-                def _step(step: Array) -> None:
-                    number = i * steps + step
-                    slot = lax.rem(first_slot + number, stages)
-                    ready = barriers.ready.at[slot]
-                    pl.when(number >= stages)(lambda: plgpu.barrier_wait(barriers.free.at[slot]))
-
-                    def channels(step: Array) -> pl.Slice:
-                        return pl.ds(step * config.channels, config.channels)
-
-                    for which, x in enumerate(x_refs):
-
-                        def copy(x: Ref = x, first: int = which * steps_of_one) -> None:
-                            source = x.at[pl.ds(row, ROWS), channels(step - first)]
-                            plgpu.copy_gmem_to_smem(source, smem.x.at[slot], ready)
-
-                        pl.when(lax.div(step, steps_of_one) == which)(copy)
-                    columns = pl.ds(column_tile * config.columns, config.columns)
-                    plgpu.copy_gmem_to_smem(w.at[columns, channels(step)], smem.w.at[slot], ready)
-
-            for slot in range(stages):  # every completion of a barrier must be awaited, the last one too
-                plgpu.barrier_wait(barriers.free.at[slot])
+        share, sides = Share.of(cut), Sides(row_refs, narrow_refs, tile_refs, out, row_out)
 
         def consume() -> None:
-            warpgroup = lax.axis_index("warpgroup")
-            half = pl.ds(warpgroup * HALF, HALF)
+            Consumer(share, epilogue, row_results, sides, smem, barriers, lax.axis_index("warpgroup")).all_tiles()
 
-            def place(i: Array) -> tuple[pl.Slice, Array]:
-                """This warpgroup's rows of the i-th tile, and the tile's number among those of the same rows."""
-                row, column_tile = corner(i)
-                return pl.ds(row + warpgroup * HALF, HALF), column_tile
+        split_roles(lambda: _produce(share, x_refs, w, smem, barriers), consume, HopperConfig(stages=cut.stages))
 
-            def columns(column_tile: Array, part: int) -> pl.Slice:
-                return pl.ds(column_tile * config.columns + part * PART, PART)
-
-            def leave(i: Array, part: int, result: Array) -> None:
-                own, column_tile = place(i)
-                if part == 0:
-                    for j in range(row_results):
-                        target = row_out[0].at[column_tile * row_results + j, own]
-                        plgpu.copy_smem_to_gmem(smem.row.at[warpgroup, j], target)
-                buffer = smem.part.at[warpgroup, part % SLOTS]
-                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                buffer[...] = result
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(buffer, out.at[own, columns(column_tile, part)])
-
-            def one_tile(i: Array, slot: Array, last: Values, acc: Ref) -> tuple[Array, ...]:
-                """Multiply the i-th tile while the `last` one's parts leave; the next slot and this tile's parts."""
-                own, column_tile = place(i)
-                row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in row_refs]
-                kept: Values = []
-
-                def fetch(copy: int) -> None:
-                    """Copies go round the slots: all tiles' of part 0, then of part 1, ..."""
-                    part, which = divmod(copy, len(tile_refs))
-                    if part < parts:
-                        plgpu.copy_gmem_to_smem(
-                            tile_refs[which].at[own, columns(column_tile, part)],
-                            smem.part.at[warpgroup, copy % SLOTS],
-                            barriers.part_ready.at[warpgroup * SLOTS + copy % SLOTS],
-                        )
-
-                def keep(part: int) -> None:
-                    assert epilogue.keep is not None
-                    copies = range(part * len(tile_refs), (part + 1) * len(tile_refs))
-                    arrived: Values = []
-                    for copy in copies:
-                        plgpu.barrier_wait(barriers.part_ready.at[warpgroup * SLOTS + copy % SLOTS])
-                        buffer = smem.part.at[warpgroup, copy % SLOTS]
-                        arrived.append(plgpu.load(buffer, layout=plgpu.Layout.WGMMA))
-                    # Made now, while the tensor cores are busy.
-                    kept.append(lax.optimization_barrier(epilogue.keep(row_values, arrived).astype(jnp.bfloat16)))
-                    plgpu.commit_smem()  # all threads have read the slots
-                    for copy in copies:
-                        fetch(copy + SLOTS)
-
-                def multiply(slot: Array) -> None:
-                    plgpu.barrier_wait(barriers.ready.at[slot])
-                    plgpu.wgmma(acc, smem.x.at[slot, half], smem.w.at[slot].transpose((1, 0)))
-
-                def after(slot: Array) -> Array:
-                    return jnp.where(slot == stages - 1, 0, slot + 1)
-
-                def next_step(_: Any, previous: Array) -> Array:
-                    slot = after(previous)
-                    multiply(slot)
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(barriers.free.at[previous])
-                    return slot
-
-                def steps_from(slot: Array, count: int) -> Array:
-                    # The quotient is 0. A loop whose length the compiler knows it unrolls, and moves all keeping to the
-                    # end of the tile.
-                    return lax.fori_loop(0, count + lax.div(slot, stages), next_step, slot)
-
-                multiply(slot)
-                done = 1
-                for part in range(parts):
-                    if done < steps:
-                        slot, done = next_step(done, slot), done + 1
-                    pl.when(i > 0)(functools.partial(leave, i - 1, part, last[part]))
-                if tile_refs:
-                    if done < steps:
-                        slot, done = next_step(done, slot), done + 1
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for copy in range(SLOTS):
-                        fetch(copy)
-                    rest = steps - done
-                    for part in range(parts):
-                        until = steps - rest + rest * (part + 2) // (parts + 2)
-                        slot, done = steps_from(slot, until - done), until
-                        keep(part)
-                # Not earlier: the last tile's parts are in registers until they have left.
-                narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in narrow_refs]
-                slot = steps_from(slot, steps - done)
-
-                # An accumulator's registers are single, but bfloat16 is rounded in pairs.
-                value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-                plgpu.barrier_arrive(barriers.free.at[slot])
-                results: Values = []
-                for unit in range(units):
-                    members = range(unit * epilogue.unit, (unit + 1) * epilogue.unit)
-                    of_parts, of_rows = epilogue.finish(
-                        [value[:, part * PART : (part + 1) * PART] for part in members],
-                        row_values,
-                        narrow,
-                        [kept[part] for part in members if kept],
-                    )
-                    results += [result.astype(jnp.bfloat16) for result in of_parts]
-                    for j, of_row in enumerate(of_rows, start=unit * epilogue.row_results):
-                        smem.row[warpgroup, j] = of_row
-                if row_results:
-                    plgpu.commit_smem()
-                return after(slot), *results
-
-            def next_tile(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                slot, *last = carry
-                acc = plgpu.ACC((HALF, config.columns), jnp.float32)
-                result: tuple[Array, ...] = pl.run_scoped(functools.partial(one_tile, i, slot, last), acc)
-                return result
-
-            nothing = plgpu.layout_cast(jnp.zeros((HALF, PART), jnp.bfloat16), plgpu.Layout.WGMMA)
-            _, *last = lax.fori_loop(0, count, next_tile, (first_slot, *[nothing] * parts))
-            for part, result in enumerate(last):
-                leave(count - 1, part, result)
-            plgpu.wait_smem_to_gmem(0)
-
-        split_roles(produce, consume, HopperConfig(stages=stages))
-
+    length, outputs = xs[0].shape[0], w_ND.shape[0]
     out_types = [jax.ShapeDtypeStruct((length, outputs), jnp.bfloat16)]
     if row_results:
-        out_types.append(jax.ShapeDtypeStruct((column_tiles * row_results, length), jnp.float32))
+        out_types.append(jax.ShapeDtypeStruct((cut.column_tiles * row_results, length), jnp.float32))
     run = launch(
         body,
         name,
         out_types,
         dict(
             smem=Buffers(
-                x=tile(stages, ROWS, config.channels),
-                w=tile(stages, config.columns, config.channels),
+                x=tile(cut.stages, ROWS, config.channels),
+                w=tile(cut.stages, config.columns, config.channels),
                 part=tile(WARPGROUPS, SLOTS, HALF, PART),
                 row=plgpu.SMEM((WARPGROUPS, max(1, row_results), HALF), jnp.float32),
             ),
             barriers=Barriers(
-                ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+                ready=plgpu.Barrier(num_arrivals=2, num_barriers=cut.stages),
+                free=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=cut.stages),
                 part_ready=plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),
             ),
         ),
-        programs=programs,
+        programs=cut.programs,
         interpret=interpret,
     )
     with jax.named_scope("product"):  # by which profiling.py knows it
         result: list[Array] = run(*(array for group in inputs for array in group))
     return result
+
+
+class Cut(NamedTuple):
+    """The tiles of a product and who makes them: program p those of numbers p, p + `programs`, ...
+
+    `steps`: of a tile, `steps_of_one` of them over the channels of one array of x.
+    """
+
+    config: Config
+    row_tiles: int
+    column_tiles: int
+    steps: int
+    steps_of_one: int
+    stages: int
+    programs: int
+
+    @classmethod
+    def of(cls, xs: list[Array], w_ND: Array, config: Config, interpret: bool) -> "Cut":
+        row_tiles, column_tiles = xs[0].shape[0] // ROWS, w_ND.shape[0] // config.columns
+        steps_of_one = xs[0].shape[1] // config.channels
+        steps = steps_of_one * len(xs)
+        # The interpreter runs one program after the other: several tiles for each are what needs a test.
+        programs = min(row_tiles * column_tiles, 2 if interpret else MULTIPROCESSORS)
+        return cls(config, row_tiles, column_tiles, steps, steps_of_one, min(config.stages, steps), programs)
+
+    @property
+    def parts(self) -> int:
+        return self.config.columns // PART
+
+
+class Share(NamedTuple):
+    """One program's: its number, how many tiles it has, and the slot of its first step."""
+
+    cut: Cut
+    program: Array
+    tiles: Array
+    first_slot: Array
+
+    @classmethod
+    def of(cls, cut: Cut) -> "Share":
+        program = lax.axis_index("program")
+        tiles = pl.cdiv(cut.row_tiles * cut.column_tiles - program, cut.programs)
+        # Not 0: the compiler would know each step's slot, and keep all their addresses in registers.
+        return cls(cut, program, tiles, lax.rem(program, cut.stages))
+
+    def corner(self, i: Array) -> tuple[Array, Array]:
+        """First row of this program's i-th tile, and its number among the tiles of these rows."""
+        number = self.program + i * self.cut.programs
+        return lax.div(number, self.cut.column_tiles) * ROWS, lax.rem(number, self.cut.column_tiles)
+
+
+def _produce(share: Share, x_refs: Sequence[Ref], w: Ref, smem: Buffers, barriers: Barriers) -> None:
+    """Fill the ring with the steps of all tiles."""
+    cut = share.cut
+    config = cut.config
+
+    @pl.loop(0, share.tiles)
+    def _tile(i: Array) -> None:
+        row, column_tile = share.corner(i)
+
+        @pl.loop(0, cut.steps)
+        def _step(step: Array) -> None:
+            number = i * cut.steps + step
+            slot = lax.rem(share.first_slot + number, cut.stages)
+            ready = barriers.ready.at[slot]
+            pl.when(number >= cut.stages)(lambda: plgpu.barrier_wait(barriers.free.at[slot]))
+
+            def channels(step: Array) -> pl.Slice:
+                return pl.ds(step * config.channels, config.channels)
+
+            for which, x in enumerate(x_refs):
+
+                def copy(x: Ref = x, first: int = which * cut.steps_of_one) -> None:
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, ROWS), channels(step - first)], smem.x.at[slot], ready)
+
+                pl.when(lax.div(step, cut.steps_of_one) == which)(copy)
+            columns = pl.ds(column_tile * config.columns, config.columns)
+            plgpu.copy_gmem_to_smem(w.at[columns, channels(step)], smem.w.at[slot], ready)
+
+    for slot in range(cut.stages):  # every completion of a barrier must be awaited, the last one too
+        plgpu.barrier_wait(barriers.free.at[slot])
+
+
+class Sides(NamedTuple):
+    """What an epilogue reads, and where its results go, in memory."""
+
+    rows: Sequence[Ref]
+    narrow: Sequence[Ref]
+    tiles: Sequence[Ref]
+    out: Ref
+    row_out: Sequence[Ref]
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A warpgroup: multiplies its 64 rows of each of the program's tiles, and applies the epilogue.
+
+    `row_results`: of a tile. All tiles in a row go round the ring of steps; the result of one travels in registers, as
+    its parts, into the time of the next.
+    """
+
+    share: Share
+    epilogue: Epilogue
+    row_results: int
+    sides: Sides
+    smem: Buffers
+    barriers: Barriers
+    warpgroup: Array
+
+    @property
+    def cut(self) -> Cut:
+        return self.share.cut
+
+    def all_tiles(self) -> None:
+        cut, count = self.cut, self.share.tiles
+
+        def next_tile(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            slot, *last = carry
+            acc = plgpu.ACC((HALF, cut.config.columns), jnp.float32)
+            result: tuple[Array, ...] = pl.run_scoped(functools.partial(self.one_tile, i, slot, last), acc)
+            return result
+
+        nothing = plgpu.layout_cast(jnp.zeros((HALF, PART), jnp.bfloat16), plgpu.Layout.WGMMA)
+        _, *last = lax.fori_loop(0, count, next_tile, (self.share.first_slot, *[nothing] * cut.parts))
+        for part, result in enumerate(last):
+            self.leave(count - 1, part, result)
+        plgpu.wait_smem_to_gmem(0)
+
+    def one_tile(self, i: Array, slot: Array, last: Values, acc: Ref) -> tuple[Array, ...]:
+        """Multiply the i-th tile while the `last` one's parts leave; the next slot and this tile's parts."""
+        steps, parts = self.cut.steps, self.cut.parts
+        own, _ = self.place(i)
+        row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in self.sides.rows]
+        kept: Values = []
+
+        self.multiply(acc, slot)
+        done = 1
+        for part in range(parts):
+            if done < steps:
+                slot, done = self.next_step(acc, slot), done + 1
+            pl.when(i > 0)(functools.partial(self.leave, i - 1, part, last[part]))
+        if self.sides.tiles:
+            if done < steps:
+                slot, done = self.next_step(acc, slot), done + 1
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for copy in range(SLOTS):
+                self.fetch(i, copy)
+            rest = steps - done
+            for part in range(parts):
+                until = steps - rest + rest * (part + 2) // (parts + 2)
+                slot, done = self.next_steps(acc, slot, until - done), until
+                kept.append(self.keep(i, part, row_values))
+        # Not earlier: the last tile's parts are in registers until they have left.
+        narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in self.sides.narrow]
+        slot = self.next_steps(acc, slot, steps - done)
+
+        # An accumulator's registers are single, but bfloat16 is rounded in pairs.
+        value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(self.barriers.free.at[slot])
+        results = self.finish(value, row_values, narrow, kept)
+        return self.after(slot), *results
+
+    def multiply(self, acc: Ref, slot: Array) -> None:
+        """Start the product of a step, once it has arrived."""
+        plgpu.barrier_wait(self.barriers.ready.at[slot])
+        half = pl.ds(self.warpgroup * HALF, HALF)
+        plgpu.wgmma(acc, self.smem.x.at[slot, half], self.smem.w.at[slot].transpose((1, 0)))
+
+    def next_step(self, acc: Ref, previous: Array) -> Array:
+        """Start the step after `previous`, wait for that to end and free its slot; the new one's slot."""
+        slot = self.after(previous)
+        self.multiply(acc, slot)
+        plgpu.wgmma_wait(1)
+        plgpu.barrier_arrive(self.barriers.free.at[previous])
+        return slot
+
+    def next_steps(self, acc: Ref, slot: Array, count: int) -> Array:
+        # The quotient is 0. A loop whose length the compiler knows it unrolls, and moves all keeping to the end of the
+        # tile.
+        length = count + lax.div(slot, self.cut.stages)
+        return lax.fori_loop(0, length, lambda _, previous: self.next_step(acc, previous), slot)
+
+    def after(self, slot: Array) -> Array:
+        return jnp.where(slot == self.cut.stages - 1, 0, slot + 1)
+
+    def place(self, i: Array) -> tuple[pl.Slice, Array]:
+        """This warpgroup's rows of the i-th tile, and the tile's number among those of the same rows."""
+        row, column_tile = self.share.corner(i)
+        return pl.ds(row + self.warpgroup * HALF, HALF), column_tile
+
+    def columns(self, column_tile: Array, part: int) -> pl.Slice:
+        return pl.ds(column_tile * self.cut.config.columns + part * PART, PART)
+
+    def leave(self, i: Array, part: int, result: Array) -> None:
+        """Send a part of the i-th tile's result on its way, and with the first one the row results."""
+        own, column_tile = self.place(i)
+        if part == 0:
+            for j in range(self.row_results):
+                target = self.sides.row_out[0].at[column_tile * self.row_results + j, own]
+                plgpu.copy_smem_to_gmem(self.smem.row.at[self.warpgroup, j], target)
+        buffer = self.smem.part.at[self.warpgroup, part % SLOTS]
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        buffer[...] = result
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, self.sides.out.at[own, self.columns(column_tile, part)])
+
+    def fetch(self, i: Array, copy: int) -> None:
+        """Copies of what the epilogue reads go round the slots: part 0 of all tiles, then part 1, ..."""
+        part, which = divmod(copy, len(self.sides.tiles))
+        if part < self.cut.parts:
+            own, column_tile = self.place(i)
+            plgpu.copy_gmem_to_smem(
+                self.sides.tiles[which].at[own, self.columns(column_tile, part)],
+                self.smem.part.at[self.warpgroup, copy % SLOTS],
+                self.part_ready(copy),
+            )
+
+    def part_ready(self, copy: int) -> Ref:
+        return self.barriers.part_ready.at[self.warpgroup * SLOTS + copy % SLOTS]
+
+    def keep(self, i: Array, part: int, row_values: Values) -> Array:
+        """What the epilogue makes of a part that has arrived; the next copies take the slots."""
+        assert self.epilogue.keep is not None
+        number = len(self.sides.tiles)
+        copies = range(part * number, (part + 1) * number)
+        arrived: Values = []
+        for copy in copies:
+            plgpu.barrier_wait(self.part_ready(copy))
+            arrived.append(plgpu.load(self.smem.part.at[self.warpgroup, copy % SLOTS], layout=plgpu.Layout.WGMMA))
+        # Made now, while the tensor cores are busy.
+        made: Array = lax.optimization_barrier(self.epilogue.keep(row_values, arrived).astype(jnp.bfloat16))
+        plgpu.commit_smem()  # all threads have read the slots
+        for copy in copies:
+            self.fetch(i, copy + SLOTS)
+        return made
+
+    def finish(self, value: Array, row_values: Values, narrow: Values, kept: Values) -> Values:
+        """The parts of a tile's result; its row results go to shared memory."""
+        unit, results = self.epilogue.unit, list[Array]()
+        for first in range(0, self.cut.parts, unit):
+            members = range(first, first + unit)
+            of_parts, of_rows = self.epilogue.finish(
+                [value[:, part * PART : (part + 1) * PART] for part in members],
+                row_values,
+                narrow,
+                [kept[part] for part in members if kept],
+            )
+            results += [result.astype(jnp.bfloat16) for result in of_parts]
+            for j, of_row in enumerate(of_rows, start=first // unit * self.epilogue.row_results):
+                self.smem.row[self.warpgroup, j] = of_row
+        if self.row_results:
+            plgpu.commit_smem()
+        return results
 
 
 def row_sums(parts: Iterable[Array]) -> Array:
