@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -70,7 +71,7 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
 
     Args:
       calls: what to compile.
-      store: where to look first, and to keep what was compiled.
+      store: where to look first, and to keep what was compiled; what came from JAX's own cache stays there alone.
       made_from: for the store: what the functions depend on, in words.
     """
     kernels: dict[bytes, Future[Compiled]] = {}
@@ -83,8 +84,10 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
 
     def compile_after(needed: list[Future[Compiled]], call: Call, lowered: Lowered) -> Compiled:
         wait(needed)
+        _thread.hits = 0
         program = lowered.compile()
-        if store is not None:
+        # What JAX's cache has read back need not survive being written again: on a CPU it loses its functions.
+        if store is not None and not _thread.hits:
             store.save(call.name, made_from, call.arguments, program)
         return program
 
@@ -101,6 +104,18 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
                     kernels[key] = pool.submit(compile_kernel, attributes)
             programs.append(pool.submit(compile_after, list(kernels.values()), call, lowered))
         return [program.result() if isinstance(program, Future) else program for program in programs]
+
+
+_thread = threading.local()
+"""`hits`: programs that JAX's cache has given this thread."""
+
+
+def _count_hits(event: str, **_: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.hits = getattr(_thread, "hits", 0) + 1
+
+
+jax.monitoring.register_event_listener(_count_hits)
 
 
 def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:

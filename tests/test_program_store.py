@@ -89,6 +89,27 @@ print(compile_together(Call(jax.jit(cube), (x,)), store=ProgramStore(Path({str(t
     assert outputs == ["traced\n[0. 1. 8.]\n", "[0. 1. 8.]\n"]
 
 
+def test_what_jaxs_own_cache_gave_is_not_written_again(tmp_path):
+    code = f"""
+import jax, jax.numpy as jnp
+from pathlib import Path
+from jax_speedrun.compilation import Call, compile_together
+from jax_speedrun.program_store import ProgramStore
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "jax")!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+store = ProgramStore(Path({str(tmp_path)!r}))
+x = jnp.arange(3.0)
+for made_from in "ab":
+    # Two functions, or JAX remembers the first one's program without asking its cache.
+    program = compile_together(Call(jax.jit(lambda x: x**3 + jnp.sin(x)), (x,)), store=store, made_from=made_from)[0]
+    print(program(x), len(list(store.folder.glob("*.program"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert first.endswith(" 1")
+
+
 class TestKey:
     """Anything that a program depends on makes it another one."""
 

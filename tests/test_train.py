@@ -15,6 +15,7 @@ from jax_speedrun import checkpoint
 from jax_speedrun.config import Config, ModelConfig, OptimizerConfig, from_dict, recipe_differences, resolve, to_dict
 from jax_speedrun.data import write_shard
 from jax_speedrun.loop import DivergedError, Loop
+from jax_speedrun.program_store import ProgramStore
 from jax_speedrun.sharding import make_mesh
 from jax_speedrun.step import make_program
 from jax_speedrun.train import train
@@ -238,6 +239,23 @@ def test_profile_leaves_a_trace_and_the_losses_as_they_are(data, reference_run, 
     assert list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))
     assert f"trace: {tmp_path}/run/profile" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(reference_run[0])
+
+
+def test_a_later_run_finds_its_programs_compiled(data, tmp_path, monkeypatch):
+    (tmp_path / "programs").mkdir()
+    store = ProgramStore(tmp_path / "programs")
+    config = dataclasses.replace(CONFIG, steps=17)  # which no other test has compiled
+    run(config, 1, data, tmp_path / "first", store=store)
+    assert len(list(store.folder.glob("*.program"))) == 2
+
+    def lowered(program):
+        raise AssertionError("lowered again")
+
+    monkeypatch.setattr("jax_speedrun.compilation.kernel_calls", lowered)
+    run(config, 1, data, tmp_path / "second", store=store)
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    with pytest.raises(AssertionError, match="lowered again"):
+        run(dataclasses.replace(config, steps=16), 1, data, tmp_path / "other", store=store)
 
 
 class TestBadInput:
