@@ -147,9 +147,8 @@ class TestKey:
         monkeypatch.setenv("XLA_FLAGS", "--xla_something")
         assert store.load(self.name, self.made_from, (x,)) is None
         monkeypatch.undo()
-        with jax.default_matmul_precision("highest"):
-            before = store.load(self.name, self.made_from, (x,))
-        assert before is None
+        with jax.default_matmul_precision("tensorfloat32"):  # the default, or what another test has left
+            assert store.load(self.name, self.made_from, (x,)) is None
 
     def test_code(self, filled, tmp_path, monkeypatch):
         store, x = filled
