@@ -411,6 +411,24 @@ def test_parity_allows_what_rounding_does_to_pytorch_itself(tmp_path):
     assert line.passed
 
 
+def test_what_rounding_does_in_one_layer_it_may_do_in_another(tmp_path):
+    values = {  # gradients of two layers' lambdas, and of another kind
+        "torch": (1.0, 1.0, 1.0),
+        "eager": (1.0, 1.1, 1.0),
+        "jax": (1.2, 1.4, 1.2),
+    }
+    names = ("gradient:blocks.0.lambdas", "gradient:blocks.1.lambdas", "gradient:blocks.0.w")
+    arrays = {side: tmp_path / f"{side}.npz" for side in values}
+    for side, numbers in values.items():
+        np.savez(arrays[side], **{name: np.float32([x, 0]) for name, x in zip(names, numbers, strict=True)})
+    results = {side: {"loss": 1.0, "validation": {}} for side in values}
+    _, first, second, other = compare_parity.lines("bfloat16", results, arrays, {})
+    assert (first.rounding, first.tolerance) == pytest.approx((0.0, 0.3))
+    assert (second.rounding, second.tolerance) == pytest.approx((0.1, 0.3))
+    assert other.tolerance == compare_parity.GRADIENT_FLOOR["bfloat16"]
+    assert [line.passed for line in (first, second, other)] == [True, False, False]
+
+
 def test_table_shows_the_worst_layer_of_each_kind():
     lines = [
         Line("gradient: blocks.0.w", 0.5, 0.0, 1.0),
