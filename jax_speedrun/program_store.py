@@ -10,7 +10,6 @@ import hashlib
 import os
 import pickle
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from . import distributed, kernels
+from .whole_file import write_whole
 
 KEPT = 8
 """Programs in a store; those longest unused go."""
@@ -69,14 +69,8 @@ class ProgramStore:
         path = self._path(name, made_from, arguments)
         try:
             content = pickle.dumps(serialize_executable.serialize(program))
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                try:
-                    file.write(hashlib.sha256(content).digest() + content)
-                    file.close()
-                    os.replace(file.name, path)
-                except OSError:
-                    os.unlink(file.name)
-                    raise
+            whole = hashlib.sha256(content).digest() + content
+            write_whole(path, lambda partial: partial.write_bytes(whole))
             for old in sorted(self.folder.glob("*.program"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
                 old.unlink(missing_ok=True)
         except Exception as error:  # as above

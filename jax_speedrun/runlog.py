@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .environment import environment
 from .errors import UsageError
+from .whole_file import write_whole
 
 UNTIMED_STEPS = 10
 _STEP_OF_LINE = re.compile(rb'(?:step:|resumed:|{"step": )(\d+)')
@@ -126,7 +127,7 @@ class RunLog:
             directory.mkdir(parents=True, exist_ok=True)
             if not description.exists():
                 text = json.dumps({"config": config, **environment()}, indent=2) + "\n"
-                _write_whole(description, lambda path: path.write_text(text, encoding="utf-8"))
+                write_whole(description, lambda path: path.write_text(text, encoding="utf-8"))
             self._log, _ = _open_after(log, resume_step or 0)
             self._metrics, records = _open_after(metrics, resume_step or 0)
         except OSError as error:
@@ -261,7 +262,7 @@ def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    _write_whole(path, lambda partial: figure.savefig(partial, format="png"))
+    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
@@ -286,12 +287,3 @@ def _open_after(path: Path, step: int) -> tuple[BinaryIO, list[bytes]]:
     file.seek(sum(map(len, kept)))
     file.truncate()
     return file, kept
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

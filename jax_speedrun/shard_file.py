@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from .errors import UsageError
+from .whole_file import write_whole
 
 MAGIC = 20240520
 VERSION = 1
@@ -128,12 +129,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         raise ValueError(f"token ids must lie in 0 .. {END_OF_TEXT}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
             # Not ndarray.tofile: an interrupt inside of it comes out as a TypeError.
             file.write(header)
             file.write(np.ascontiguousarray(tokens, "<u2"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_whole(path, write)
