@@ -14,6 +14,9 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_co
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# A device takes 32 computations at a time. An interpreted kernel dispatches more of them from inside its own, and waits
+# for ever where a test has filled the queue behind it.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 assert len(jax.devices()) == 8
 
 settings.register_profile("repeatable", derandomize=True)
