@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from .paths import KernelPath, on_hopper
 
@@ -140,9 +141,9 @@ def _forward(
         x_CD, targets_C = chunk
         x_CD = _operand(x_CD, precision, X_SCALE)
         loss_C, d_z_CV, d_z_VC = differentiate(x_CD, w_VD, targets_C)
-        d_x_CD = _gradient_dot(d_z_CV, w_VD, precision) / (gradient_scale * w_scale * tokens)
-        d_head_VD = d_head_VD + _gradient_dot(d_z_VC, x_CD, precision)
-        return (total + jnp.sum(loss_C), d_head_VD), d_x_CD.astype(x_TD.dtype)
+        d_x_CD = _gradient_dot(d_z_CV, w_VD, precision, x_TD.dtype)
+        d_head_VD = d_head_VD + _gradient_dot(d_z_VC, x_CD, precision, jnp.float32)
+        return (total + jnp.sum(loss_C), d_head_VD), d_x_CD
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
     chunks = _chunks(x_TD, targets_T, chunk_tokens, multiple)
@@ -150,7 +151,9 @@ def _forward(
     few = chunks[1].shape[0] <= 2
     (total, d_head_VD), d_x = lax.scan(chunk_step, start, chunks, unroll=few)
     d_head_VD = d_head_VD / (gradient_scale * x_scale * tokens)
-    return total / tokens, (d_x.reshape(x_TD.shape), d_head_VD.astype(head_VD.dtype), targets_T)
+    # The scales are powers of two, so that this rounds nothing; T may be none.
+    d_x_TD = d_x.reshape(x_TD.shape) / (gradient_scale * w_scale)
+    return total / tokens, (d_x_TD, d_head_VD.astype(head_VD.dtype), targets_T)
 
 
 def _backward(
@@ -161,8 +164,8 @@ def _backward(
     residuals: tuple[Array, Array, Array],
     d_loss: Array,
 ) -> tuple[Array, Array, np.ndarray]:
-    d_x_TD, d_head_VD, targets_T = residuals
-    d_x_TD = (d_loss * d_x_TD.astype(jnp.float32)).astype(d_x_TD.dtype)
+    d_x_TD, d_head_VD, targets_T = residuals  # of the sum over tokens, and of their mean
+    d_x_TD = (d_loss / d_x_TD.shape[0] * d_x_TD.astype(jnp.float32)).astype(d_x_TD.dtype)
     return d_x_TD, d_loss * d_head_VD, np.zeros(targets_T.shape, jax.dtypes.float0)
 
 
@@ -228,22 +231,38 @@ def _gradient_operand(d_z_CV: Array, precision: HeadPrecision) -> Array:
 
 def _logits(x_CD: Array, w_VD: Array, precision: HeadPrecision) -> Array:
     """x W^T with the scales taken out: bfloat16, as in the record, or float32 if `precision` is."""
-    x_CD, w_VD = _multiplicands(x_CD, w_VD, precision)
-    # For FP8, XLA's default precision is the fast accumulation of the tensor cores.
-    z_CV = lax.dot_general(
-        x_CD,
-        w_VD,
-        (((1,), (1,)), ((), ())),
-        precision="highest" if precision == "float32" else None,
-        preferred_element_type=jnp.float32 if precision == "float32" else jnp.bfloat16,
-    )
+    dtype = jnp.float32 if precision == "float32" else jnp.bfloat16
+    z_CV = _dot(x_CD, w_VD, 1, precision, dtype, fast_accumulation=True)
     return z_CV / (X_SCALE * W_SCALE) if precision.startswith("fp8") else z_CV
 
 
-def _gradient_dot(a: Array, b: Array, precision: HeadPrecision) -> Array:
-    """Matrix product in float32 of operands already rounded, without FP8's fast accumulation."""
+def _gradient_dot(a: Array, b: Array, precision: HeadPrecision, dtype: DTypeLike) -> Array:
+    return _dot(a, b, 0, precision, dtype, fast_accumulation=False)
+
+
+def _dot(
+    a: Array, b: Array, axis: int, precision: HeadPrecision, dtype: DTypeLike, *, fast_accumulation: bool
+) -> Array:
+    """Product of operands already rounded, in `dtype`; a's second axis against `axis` of b.
+
+    Tensor cores add FP8 products up in 14 bits or so. Without `fast_accumulation` these sums go to float32 every few
+    products. Only an algorithm asked for by name is sure to do so: with a precision alone, XLA may choose a kernel of
+    Triton's, where it leaves the switch on whatever the precision.
+    """
     a, b = _multiplicands(a, b, precision)
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision="highest", preferred_element_type=jnp.float32)
+
+    def dot(algorithm: lax.DotAlgorithmPreset | str | None) -> Callable[[Array, Array], Array]:
+        dimensions = (((1,), (axis,)), ((), ()))
+        return functools.partial(
+            lax.dot_general, dimension_numbers=dimensions, precision=algorithm, preferred_element_type=dtype
+        )
+
+    anywhere = dot("highest" if precision == "float32" else None)
+    if precision != "fp8":
+        return anywhere(a, b)
+    preset = lax.DotAlgorithmPreset
+    on_cuda = dot(preset.ANY_F8_ANY_F8_F32_FAST_ACCUM if fast_accumulation else preset.ANY_F8_ANY_F8_F32)
+    return lax.platform_dependent(a, b, cuda=on_cuda, default=anywhere)
 
 
 def _multiplicands(a: Array, b: Array, precision: HeadPrecision) -> tuple[Array, Array]:

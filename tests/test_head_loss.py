@@ -133,6 +133,22 @@ def test_full_logits_never_exist():
     assert f"4096x{V}" not in gradient.lower(*shapes).as_text()
 
 
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+def test_gradients_name_their_accumulation(implementation):
+    """A precision alone does not keep XLA from a kernel that sums up in 14 bits."""
+    shapes = (256, 256), (640, 256), (256,)
+    arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)]
+    gradient = jax.jit(jax.grad(lambda *a: head_loss(*a, "fp8", implementation, chunk_tokens=256), argnums=(0, 1)))
+    text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f8E" in line]
+    imprecise = ["allow_imprecise_accumulation = true" in line for line in products]
+    of_gradients = ["f8E5M2" in line for line in products]
+    assert of_gradients.count(True) == 2
+    assert all("accumulation_type = f32" in line for line in products)
+    assert imprecise == [not gradient for gradient in of_gradients]
+    assert imprecise.count(True) == (implementation == "plain")  # the fast path's logits are its kernel's
+
+
 def test_a_cpu_has_no_fp8_units():
     assert not fp8_supported(jax.devices("cpu")[0])
 
