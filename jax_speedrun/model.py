@@ -31,7 +31,8 @@ ROTARY_BASE = 1024
 
 def norm(x_TD: Array) -> Array:
     """RMS norm of every token without weights, computed in float32."""
-    return (x_TD.astype(jnp.float32) * inverse_rms(x_TD, NORM_EPSILON)[:, None]).astype(x_TD.dtype)
+    wide_TD = x_TD.astype(jnp.float32)
+    return (wide_TD * inverse_rms(wide_TD, NORM_EPSILON)[:, None]).astype(x_TD.dtype)
 
 
 def rotary(tokens: int, head_width: int) -> tuple[Array, Array]:

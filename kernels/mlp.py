@@ -57,8 +57,10 @@ def mlp(
     """
     _check(x_TD, scale_T, fc_FD, proj_DF)
     if implementation == "plain":
-        scale_T = known_inverse_rms(x_TD, scale_T)
-        return x_TD + linear(relu_squared(linear(x_TD, fc_FD), scale_T), proj_DF)
+        wide_TD = x_TD.astype(jnp.float32)  # in which its gradient's parts are summed: see residual.py
+        z_TF = linear(wide_TD.astype(x_TD.dtype), fc_FD)
+        y_TD = linear(relu_squared(z_TF, known_inverse_rms(wide_TD, scale_T)), proj_DF)
+        return (wide_TD + y_TD).astype(x_TD.dtype)
     reason = _not_fast(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape))
     if reason is not None:
         raise ValueError(f"the fast mlp needs {reason}; use implementation='plain'")
@@ -95,7 +97,7 @@ def _fast_forward(x_TD: Array, scale_T: Array, fc_FD: Array, proj_DF: Array, int
     from .residual_hopper import sum_product
 
     r2_TF = relu_squared_product(x_TD, fc_FD.astype(x_TD.dtype), scale_T, interpret=interpret)
-    y_TD, _ = sum_product(r2_TF, proj_DF.astype(x_TD.dtype), ((None, x_TD),), interpret=interpret)
+    y_TD, _ = sum_product(r2_TF, proj_DF.astype(x_TD.dtype), (None, x_TD), interpret=interpret)
     return y_TD, Saved(x_TD, scale_T, fc_FD, proj_DF, r2_TF)
 
 
@@ -108,8 +110,7 @@ def _fast_backward(interpret: bool, saved: Saved, dy_TD: Array) -> tuple[Array, 
     dz_TF, shares_PT = slope_product(dy_TD, proj_FD, scale_T, r2_TF, interpret=interpret)
     # The shares sum to 2 s^3 times the gradient of s, which times -s^3 / D goes along x: powers of s cancel.
     along_x_T = jnp.sum(shares_PT, axis=0) * (-0.5 / x_TD.shape[1])
-    terms = (None, dy_TD), (along_x_T, x_TD)
-    dx_TD, _ = sum_product(dz_TF, fc_DF, terms, interpret=interpret)
+    dx_TD, _ = sum_product(dz_TF, fc_DF, (None, dy_TD), addend=(x_TD, along_x_T), interpret=interpret)
     d_fc_FD, d_proj_DF = weight_gradient(dz_TF, x_TD, fc_FD.dtype), weight_gradient(dy_TD, r2_TF, proj_DF.dtype)
     return dx_TD, jnp.zeros_like(scale_T), d_fc_FD, d_proj_DF
 

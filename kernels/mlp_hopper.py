@@ -41,8 +41,8 @@ def slope_product(
     And parts of sum_F of the gradient of r2 times (2 s)^2 r2, (parts, T) float32: 2 s^3 times the gradient of s.
     """
 
-    def slope(scale: Values, r2: Values) -> Array:
-        return 2 * jnp.sqrt(r2[0].astype(jnp.float32)) * rows(scale[0], SHAPE)
+    def slope(scale: Values, r2: Array) -> Array:
+        return 2 * jnp.sqrt(r2.astype(jnp.float32)) * rows(scale[0], SHAPE)
 
     def finish(d_r2: Values, scale: Values, narrow: Values, slopes: Values) -> tuple[Values, Values]:
         del scale, narrow
@@ -50,6 +50,6 @@ def slope_product(
         dz = [a.astype(jnp.bfloat16) * b for a, b in zip(d_r2, slopes, strict=True)]
         return dz, [row_sums((a * b).astype(jnp.float32) for a, b in zip(dz, slopes, strict=True))]
 
-    epilogue = Epilogue(finish, rows=[scale_T], tiles=[r2_TF], keep=slope, unit=config.columns // PART, row_results=1)
+    epilogue = Epilogue(finish, rows=[scale_T], tile=r2_TF, keep=slope, unit=config.columns // PART, row_results=1)
     dz_TF, sums_PT = product("mlp_slope", dy_TD, proj_FD, epilogue, config=config, interpret=interpret)
     return dz_TF, sums_PT

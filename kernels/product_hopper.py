@@ -12,7 +12,7 @@ stays in L2 and x comes from memory once. Three warpgroups:
 
 A warpgroup's accumulator fills half of its registers, so it cannot hold two. But a finished tile as bf16 takes a
 quarter. So between two tiles it only rounds, and the result leaves while the next tile is multiplied, a part of 64
-columns at a time. Likewise what an epilogue reads of (T, N) arrays arrives during the product, and what it makes of it
+columns at a time. Likewise what an epilogue reads of a (T, N) array arrives during the product, and what it makes of it
 waits in registers as bf16:
 
     step     0      1        2        3        4        5              7         8         9         10        11
@@ -21,7 +21,8 @@ waits in registers as bf16:
                                                                        fetch 2   fetch 3
     waits    last tile's parts, ever fewer .........    this tile's kept parts, ever more .................    result
 
-All through the same two buffers per warpgroup.
+All through the same two buffers per warpgroup. There is room for one array's parts. A second array comes before it, and
+once all of it has come, the warpgroup waits for the product so far and adds it to the accumulator, in float32.
 
 Barriers (s a slot of the ring; every count is per use, and no use begins before all have seen the last):
 
@@ -48,7 +49,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .attention_hopper_config import MULTIPROCESSORS, HopperConfig
-from .attention_hopper_ops import ROW, Ref, launch, split_roles, tile
+from .attention_hopper_ops import ROW, Ref, launch, rows, split_roles, tile
 
 WARPGROUPS = 2
 HALF = 64
@@ -82,8 +83,9 @@ class Epilogue(NamedTuple):
       lists; the product is float32, the result is rounded to bf16. Called for `unit` parts at a time.
     rows: float32 (T,), of which both functions get a value for each row.
     narrow: float32 (T, R), of which `finish` gets all R columns.
-    tiles: bf16 (T, N), at most two, of which `keep` gets a part of 64 columns.
-    keep: (row values, bf16 parts of the tiles) -> one part, rounded to bf16.
+    tile: bf16 (T, N), of which `keep` gets a part of 64 columns.
+    keep: (row values, bf16 part of the tile) -> a part, rounded to bf16.
+    addend: bf16 (T, N), float32 (T,): the one times the other, row by row, is added to the product in float32.
     unit: parts of a tile that `finish` gets together.
     row_results: float32 values for each row that `finish` returns with a unit.
     """
@@ -91,8 +93,9 @@ class Epilogue(NamedTuple):
     finish: Callable[[Values, Values, Values, Values], tuple[Values, Values]]
     rows: Sequence[Array] = ()
     narrow: Sequence[Array] = ()
-    tiles: Sequence[Array] = ()
-    keep: Callable[[Values, Values], Array] | None = None
+    tile: Array | None = None
+    keep: Callable[[Values, Array], Array] = lambda _, part: part
+    addend: tuple[Array, Array] | None = None
     unit: int = 1
     row_results: int = 0
 
@@ -144,14 +147,17 @@ def product(
         )
     cut = Cut.of(xs, w_ND, config, interpret)
     row_results = cut.parts // epilogue.unit * epilogue.row_results
-    inputs = (xs, [w_ND], epilogue.rows, epilogue.narrow, epilogue.tiles)
+    addend, factor = epilogue.addend or (None, None)
+    tiles = [array for array in (addend, epilogue.tile) if array is not None]
+    inputs = (xs, [w_ND], epilogue.rows, epilogue.narrow, tiles, [factor] if factor is not None else [])
 
     def body(*refs: Ref, smem: Buffers, barriers: Barriers) -> None:
-        x_refs, (w,), row_refs, narrow_refs, tile_refs, (out, *row_out) = _split(refs, *map(len, inputs))
-        share, sides = Share.of(cut), Sides(row_refs, narrow_refs, tile_refs, out, row_out)
+        x_refs, (w,), row_refs, narrow_refs, tile_refs, factor_refs, (out, *row_out) = _split(refs, *map(len, inputs))
+        share, sides = Share.of(cut), Sides(row_refs, narrow_refs, tile_refs, factor_refs, out, row_out)
 
         def consume() -> None:
-            Consumer(share, epilogue, row_results, sides, smem, barriers, lax.axis_index("warpgroup")).all_tiles()
+            warpgroup = lax.axis_index("warpgroup")
+            Consumer(share, epilogue, row_results, sides, smem, barriers, warpgroup, interpret).all_tiles()
 
         split_roles(lambda: _produce(share, x_refs, w, smem, barriers), consume, HopperConfig(stages=cut.stages))
 
@@ -270,7 +276,8 @@ class Sides(NamedTuple):
 
     rows: Sequence[Ref]
     narrow: Sequence[Ref]
-    tiles: Sequence[Ref]
+    tiles: Sequence[Ref]  # the addend, if there is one, before what is kept
+    factor: Sequence[Ref]  # of the addend
     out: Ref
     row_out: Sequence[Ref]
 
@@ -290,6 +297,7 @@ class Consumer:
     smem: Buffers
     barriers: Barriers
     warpgroup: Array
+    interpret: bool
 
     @property
     def cut(self) -> Cut:
@@ -315,7 +323,7 @@ class Consumer:
         steps, parts = self.cut.steps, self.cut.parts
         own, _ = self.place(i)
         row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in self.sides.rows]
-        kept: Values = []
+        came: Values = []
 
         self.multiply(acc, slot)
         done = 1
@@ -329,19 +337,27 @@ class Consumer:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for copy in range(SLOTS):
                 self.fetch(i, copy)
-            rest = steps - done
-            for part in range(parts):
-                until = steps - rest + rest * (part + 2) // (parts + 2)
+            rest, copies = steps - done, parts * len(self.sides.tiles)
+            for copy in range(copies):
+                until = steps - rest + rest * (copy + 2) // (copies + 2)
                 slot, done = self.next_steps(acc, slot, until - done), until
-                kept.append(self.keep(i, part, row_values))
+                came.append(self.take(i, copy, row_values))
+                if self.sides.factor and copy == parts - 1:
+                    addend = self.weighted_addend(own, came)
+                    came = []
+                    if not self.interpret:
+                        plgpu.wgmma_wait(0)
+                        acc[...] = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA) + addend
         # Not earlier: the last tile's parts are in registers until they have left.
         narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in self.sides.narrow]
         slot = self.next_steps(acc, slot, steps - done)
 
         # An accumulator's registers are single, but bfloat16 is rounded in pairs.
         value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
+        if self.interpret and self.sides.factor:
+            value += addend  # the interpreter writes no accumulators
         plgpu.barrier_arrive(self.barriers.free.at[slot])
-        results = self.finish(value, row_values, narrow, kept)
+        results = self.finish(value, row_values, narrow, came)
         return self.after(slot), *results
 
     def multiply(self, acc: Ref, slot: Array) -> None:
@@ -389,9 +405,9 @@ class Consumer:
         plgpu.copy_smem_to_gmem(buffer, self.sides.out.at[own, self.columns(column_tile, part)])
 
     def fetch(self, i: Array, copy: int) -> None:
-        """Copies of what the epilogue reads go round the slots: part 0 of all tiles, then part 1, ..."""
-        part, which = divmod(copy, len(self.sides.tiles))
-        if part < self.cut.parts:
+        """Copies of what the epilogue reads go round the slots: all parts of one array, then of the next."""
+        which, part = divmod(copy, self.cut.parts)
+        if which < len(self.sides.tiles):
             own, column_tile = self.place(i)
             plgpu.copy_gmem_to_smem(
                 self.sides.tiles[which].at[own, self.columns(column_tile, part)],
@@ -402,21 +418,22 @@ class Consumer:
     def part_ready(self, copy: int) -> Ref:
         return self.barriers.part_ready.at[self.warpgroup * SLOTS + copy % SLOTS]
 
-    def keep(self, i: Array, part: int, row_values: Values) -> Array:
-        """What the epilogue makes of a part that has arrived; the next copies take the slots."""
-        assert self.epilogue.keep is not None
-        number = len(self.sides.tiles)
-        copies = range(part * number, (part + 1) * number)
-        arrived: Values = []
-        for copy in copies:
-            plgpu.barrier_wait(self.part_ready(copy))
-            arrived.append(plgpu.load(self.smem.part.at[self.warpgroup, copy % SLOTS], layout=plgpu.Layout.WGMMA))
-        # Made now, while the tensor cores are busy.
-        made: Array = lax.optimization_barrier(self.epilogue.keep(row_values, arrived).astype(jnp.bfloat16))
-        plgpu.commit_smem()  # all threads have read the slots
-        for copy in copies:
-            self.fetch(i, copy + SLOTS)
+    def take(self, i: Array, copy: int, row_values: Values) -> Array:
+        """A part that has arrived, of the addend as it is, of the tile as `keep` makes it; the next takes its slot."""
+        plgpu.barrier_wait(self.part_ready(copy))
+        part = plgpu.load(self.smem.part.at[self.warpgroup, copy % SLOTS], layout=plgpu.Layout.WGMMA)
+        is_addend = self.sides.factor and copy < self.cut.parts
+        made = part if is_addend else self.epilogue.keep(row_values, part).astype(jnp.bfloat16)
+        made = lax.optimization_barrier(made)  # now, while the tensor cores are busy
+        plgpu.commit_smem()  # all threads have read the slot
+        self.fetch(i, copy + SLOTS)
         return made
+
+    def weighted_addend(self, own: pl.Slice, parts: Values) -> Array:
+        """The addend's rows times their factors, float32."""
+        addend = jnp.concatenate(parts, axis=1).astype(jnp.float32)
+        factor = plgpu.load(self.sides.factor[0].at[own], layout=ROW, optimized=False)
+        return addend * rows(factor, addend.shape)
 
     def finish(self, value: Array, row_values: Values, narrow: Values, kept: Values) -> Values:
         """The parts of a tile's result; its row results go to shared memory."""

@@ -12,8 +12,11 @@ to x is a constant a token times x, which joins the sum of gradients in the pass
 So an operation that begins with a norm takes x and r. It is handed r as known, since whoever wrote x last has had the
 row in hand, but r stays a function of x: its gradient is returned as part of x's.
 
-The price: a norm's gradient has no part along x, and here that part is the difference of two that were rounded apart,
-so in bfloat16 it vanishes only to rounding.
+A norm's gradient has no part along x. Here that is the difference of two, what comes through the product and what comes
+through r, and beside both stands what passes the norm by, often a thousand times larger. Added to that one after the
+other in bfloat16 they would be lost: not now up, now down, but wherever it is too large for them, and one more often than
+the other. What is then left along x is a gradient that nothing asked for, of the factors on the residual stream: it has
+been half of theirs. So all three are summed in float32, and the sum is rounded once.
 """
 
 import functools
@@ -119,7 +122,7 @@ def _fast(x_TD: Array, y_TC: Array, weight_DC: Array, epsilon: float, interpret:
     from .residual_hopper import sum_product
 
     weight = weight_DC.astype(x_TD.dtype)
-    sum_TD, squares_PT = sum_product(y_TC, weight, ((None, x_TD),), squares=True, interpret=interpret)
+    sum_TD, squares_PT = sum_product(y_TC, weight, (None, x_TD), squares=True, interpret=interpret)
     assert squares_PT is not None
     return sum_TD, lax.rsqrt(jnp.sum(squares_PT, axis=0) / x_TD.shape[1] + epsilon)
 

@@ -14,48 +14,43 @@ from .product_hopper import CONFIG, HALF, PART, Config, Epilogue, Values, produc
 def sum_product(
     x_TD: Array | tuple[Array, ...],
     w_ND: Array,
-    terms: tuple[tuple[Array | None, Array], ...] = (),
+    term: tuple[Array | None, Array] | None = None,
     factor_T: Array | None = None,
     *,
+    addend: tuple[Array, Array] | None = None,
     squares: bool = False,
     config: Config = CONFIG,
     interpret: bool,
 ) -> tuple[Array, Array | None]:
-    """f x W^T + the sum of factor * term, (T, N) bf16; shapes as `product_hopper` says.
+    """f (x W^T + factor * addend) + factor * term, (T, N) bf16; shapes as `product_hopper` says.
 
     Args:
       x_TD, w_ND: bf16. x may be in several arrays of equal shape, side by side.
-      terms: at most two (T, N) bf16 arrays, each with its factor of every row, (T,) float32, or None for 1. Factors,
-        their products and the sum of these are rounded to bf16 before the matrix product joins them.
+      term: the factor of every row, (T,) float32, or None for 1, and a (T, N) bf16 array; their product is rounded to
+        bf16 before the matrix product joins it.
       factor_T: f, float32; None for 1.
+      addend: a (T, N) bf16 array and the factor of every row, added in float32.
       squares: return as well, (parts, T) float32, parts of every row's sum of squares.
     """
     shape = (HALF, PART)
-    factors = [factor_T, *(factor for factor, _ in terms)]
-    given = [factor is not None for factor in factors]
+    weight_T, term_TN = term or (None, None)
 
-    def times(number: int, row_values: Values, part: Array) -> Array:
-        if not given[number]:
-            return part
-        return part * rows(row_values[sum(given[:number])].astype(part.dtype), shape)
-
-    def keep(row_values: Values, parts: Values) -> Array:
-        # In pairs of bf16: as float32 they would not fit beside the accumulator.
-        weighted = [times(i, row_values, part) for i, part in enumerate(parts, start=1)]
-        return sum(weighted[1:], start=weighted[0])
+    def keep(row_values: Values, part: Array) -> Array:
+        return part if weight_T is None else part.astype(jnp.float32) * rows(row_values[0], shape)
 
     def finish(acc: Values, row_values: Values, narrow: Values, kept: Values) -> tuple[Values, Values]:
         del narrow
-        result = [times(0, row_values, part) for part in acc]
+        result = acc if factor_T is None else [part * rows(row_values[-1], shape) for part in acc]
         if kept:
             result = [a + b.astype(jnp.float32) for a, b in zip(result, kept, strict=True)]
         return result, [row_sums(part * part for part in result)] if squares else []
 
     epilogue = Epilogue(
         finish,
-        rows=[factor for factor in factors if factor is not None],
-        tiles=[term for _, term in terms],
+        rows=[values for values in (weight_T, factor_T) if values is not None],
+        tile=term_TN,
         keep=keep,
+        addend=addend,
         unit=config.columns // PART if squares else 1,
         row_results=int(squares),
     )

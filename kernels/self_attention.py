@@ -105,10 +105,11 @@ def self_attention(
     inputs = Inputs(x_TD, scale_T, qkv_3CD, value_embedding_TC, lambdas, *lax.stop_gradient((cos_TR, sin_TR)))
     _check(inputs, heads)
     if implementation == "plain":
-        q_THK, k_THK, v_THK = project_heads(inputs, heads=heads, epsilon=epsilon)
+        wide_TD = x_TD.astype(jnp.float32)  # in which its gradient's parts are summed: see residual.py
+        q_THK, k_THK, v_THK = project_heads(inputs._replace(x_TD=wide_TD), x_TD.dtype, heads=heads, epsilon=epsilon)
         with jax.named_scope("attention"):
             y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=softmax_scale, implementation=attention)
-        return x_TD, y_THK.reshape(x_TD.shape[0], -1)
+        return wide_TD.astype(x_TD.dtype), y_THK.reshape(x_TD.shape[0], -1)
     channels, width = qkv_3CD.shape[1:]
     sizes = x_TD.shape[0], width, channels, channels // heads, cos_TR.shape[1]
     reason = _not_fast(x_TD.dtype, *sizes, mask.block_size)
@@ -139,11 +140,11 @@ class Inputs(NamedTuple):
     sin_TR: Array
 
 
-def project_heads(inputs: Inputs, *, heads: int, epsilon: float) -> Heads:
-    """q, k and v, each (T, H, K), in plain JAX."""
+def project_heads(inputs: Inputs, dtype: DTypeLike, *, heads: int, epsilon: float) -> Heads:
+    """q, k and v, each (T, H, K), in plain JAX; multiplied in `dtype`, and in it."""
     x_TD, scale_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR = inputs
-    length, dtype, rotated = x_TD.shape[0], x_TD.dtype, cos_TR.shape[1]
-    qkv_TM = linear(x_TD, qkv_3CD.reshape(-1, x_TD.shape[1]))
+    length, rotated = x_TD.shape[0], cos_TR.shape[1]
+    qkv_TM = linear(x_TD.astype(dtype), qkv_3CD.reshape(-1, x_TD.shape[1]))
     scaled_TM = qkv_TM.astype(jnp.float32) * known_inverse_rms(x_TD, scale_T)[:, None]
     q_THK, k_THK, v_THK = (y_TC.reshape(length, heads, -1) for y_TC in jnp.split(scaled_TM, 3, axis=1))
     cos, sin = cos_TR[:, None], sin_TR[:, None]
@@ -188,7 +189,9 @@ def _fast_forward(
     q_CD, k_CD, v_CD = _weights(qkv_3CD, lambdas, x_TD.dtype)
     q_TC, q_factor_HT = rotary_product(x_TD, q_CD, scale_T, *angles, epsilon=epsilon, interpret=interpret)
     k_TC, k_factor_HT = rotary_product(x_TD, k_CD, scale_T, *angles, epsilon=epsilon, interpret=interpret)
-    mixing = () if value_embedding_TC is None else ((jnp.broadcast_to(lambdas[1], scale_T.shape), value_embedding_TC),)
+    mixing = None
+    if value_embedding_TC is not None:
+        mixing = jnp.broadcast_to(lambdas[1], scale_T.shape), value_embedding_TC
     v_TC, _ = sum_product(x_TD, v_CD, mixing, scale_T, interpret=interpret)
     q_THK, k_THK, v_THK = (a_TC.reshape(a_TC.shape[0], -1, HEAD_WIDTH) for a_TC in (q_TC, k_TC, v_TC))
     heads = q_THK, k_THK, v_THK
@@ -235,8 +238,8 @@ def _fast_backward(
     along_x_T = (epsilon * through_norms_T + scale_T**2 * through_values_T) * (-1 / x_TD.shape[1])
 
     weight_DM = _weights(qkv_3CD, lambdas, x_TD.dtype).reshape(-1, x_TD.shape[1]).T
-    terms = (None, dx_past_TD), (along_x_T, x_TD)
-    dx_TD, _ = sum_product((dz_q_TC, dz_k_TC, dz_v_TC), weight_DM, terms, interpret=interpret)
+    products = dz_q_TC, dz_k_TC, dz_v_TC
+    dx_TD, _ = sum_product(products, weight_DM, (None, dx_past_TD), addend=(x_TD, along_x_T), interpret=interpret)
     # In v's third of lambda_0 W_v, not yet of W_v.
     d_weights = [weight_gradient(dz_TC, x_TD, jnp.float32) for dz_TC in (dz_q_TC, dz_k_TC, dz_v_TC)]
     d_value_weight = jnp.sum(d_weights[2] * qkv_3CD[2].astype(jnp.float32))

@@ -99,7 +99,7 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
         return turned.reshape(tokens, -1).astype(x.dtype)
 
     def kernel_with_terms(z: Array, w: Array, dy: Array, along: Array, x: Array) -> Any:
-        return sum_product(z, w, ((None, dy), (along, x)), interpret=INTERPRET)
+        return sum_product(z, w, (None, dy), addend=(x, along), interpret=INTERPRET)
 
     return [
         Case("relu(s x W^T)^2", (x, fc, scale),
@@ -109,16 +109,16 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
              lambda dy, p, s, r2: slope_product(dy, p, s, r2, interpret=INTERPRET), (y, proj_turned)),
         Case("x + r2 P^T", (x, r2, proj),
              lambda x, r2, p: x + linear(r2, p),
-             lambda x, r2, p: sum_product(r2, p, ((None, x),), interpret=INTERPRET), (r2, proj)),
+             lambda x, r2, p: sum_product(r2, p, (None, x), interpret=INTERPRET), (r2, proj)),
         Case("dz W + dy + c x", (dz, fc_turned, y, along, x), with_terms, kernel_with_terms, (dz, fc_turned)),
         Case("d_qkv W + dx + c x", (d_qkv, qkv_turned, y, along, x), with_terms, kernel_with_terms,
              (d_qkv, qkv_turned)),
         Case("x + y W^T and its inverse rms", (x, y, square), sum_and_inverse_rms,
-             lambda x, y, w: sum_product(y, w, ((None, x),), squares=True, interpret=INTERPRET), (y, square)),
+             lambda x, y, w: sum_product(y, w, (None, x), squares=True, interpret=INTERPRET), (y, square)),
         Case("rotate(norm(s x W^T))", (x, square, scale, cos, sin), rotated,
              lambda *a: rotary_product(*a, epsilon=1e-6, interpret=INTERPRET), (x, square)),
         Case("s x W^T + c e", (x, square, scale, half, y), value,
-             lambda x, w, s, half, e: sum_product(x, w, ((half, e),), s, interpret=INTERPRET), (x, square)),
+             lambda x, w, s, half, e: sum_product(x, w, (half, e), s, interpret=INTERPRET), (x, square)),
         Case("mix of x and x0", (jnp.array([0.7, 0.4]), x, y), mix, None, None),
         Case("x W^T, D to F", (x, fc), linear, None, (x, fc)),
         Case("x W^T, F to D", (dz, proj), linear, None, (dz, proj)),

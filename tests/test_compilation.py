@@ -90,7 +90,7 @@ def lowered_for_a_gpu():
 
     @jax.jit
     def add(x, w, y):
-        return sum_product(x, w, ((None, y),), interpret=False)[0]
+        return sum_product(x, w, (None, y), interpret=False)[0]
 
     def run(x, w, wide):
         y = jax.lax.fori_loop(0, 3, lambda _, y: add(x, w, y), add(x, w, x))

@@ -120,29 +120,29 @@ def test_add_linear_equals_float64(implementation, size):
 @pytest.mark.parametrize(
     "config", [Config(), Config(columns=128, stages=2), Config(columns=192, channels=32, stages=8)]
 )
-@pytest.mark.parametrize("terms", [0, 1, 2])
-def test_every_value_of_a_sum_lands_in_its_place(config, terms):
+@pytest.mark.parametrize("term", [None, "term", "weighted term"])
+@pytest.mark.parametrize("addend", [False, True])
+def test_every_value_of_a_sum_lands_in_its_place(config, term, addend):
     """Tokens that pick one channel, factors that are powers of two, small integers: no rounding anywhere."""
     tokens, width, columns = 640, 192, 2 * config.columns
-    rng = np.random.default_rng(terms)
+    rng = np.random.default_rng(len(term or ""))
     picks = rng.permutation(tokens) % width
-    w = rng.integers(-8, 9, (columns, width)).astype(np.float32)
-    factor, *factors = (2.0 ** rng.integers(-2, 3, (1 + terms, tokens))).astype(np.float32)
-    arrays = rng.integers(-8, 9, (terms, tokens, columns)).astype(np.float32)
-    weighted = [(jnp.asarray(f), jnp.asarray(a, jnp.bfloat16)) for f, a in zip(factors, arrays, strict=True)]
-    if terms == 2:
-        weighted[0], factors[0] = (None, weighted[0][1]), np.ones_like(factors[0])
+    w = rng.integers(-4, 5, (columns, width)).astype(np.float32)
+    factor, of_term, of_addend = (2.0 ** rng.integers(-1, 2, (3, tokens))).astype(np.float32)
+    a, b = rng.integers(-4, 5, (2, tokens, columns)).astype(np.float32)
     one_hot = jnp.asarray(np.eye(width)[picks], jnp.bfloat16)
     got, squares = sum_product(
         one_hot,
         jnp.asarray(w, jnp.bfloat16),
-        tuple(weighted),
+        (jnp.asarray(of_term) if term == "weighted term" else None, jnp.asarray(a, jnp.bfloat16)) if term else None,
         jnp.asarray(factor),
+        addend=(jnp.asarray(b, jnp.bfloat16), jnp.asarray(of_addend)) if addend else None,
         squares=True,
         config=config,
         interpret=True,
     )
-    want = factor[:, None] * w[:, picks].T + sum(f[:, None] * a for f, a in zip(factors, arrays, strict=True))
+    want = w[:, picks].T + (of_addend[:, None] * b if addend else 0)
+    want = factor[:, None] * want + {None: 0, "term": a, "weighted term": of_term[:, None] * a}[term]
     np.testing.assert_array_equal(np.asarray(got, np.float32), want)
     np.testing.assert_array_equal(np.asarray(squares).sum(axis=0), (want**2).sum(axis=1))
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask
+from jax_speedrun.kernels.residual import inverse_rms
 from jax_speedrun.kernels.self_attention import Inputs, fast_self_attention_supported, project_heads, self_attention
 from jax_speedrun.model import rotary
 from tests.numpy_attention import random_mask
@@ -189,8 +190,10 @@ def bounds(arguments, gradients, heads):
 @functools.cache
 def heads_runner(heads):
     def run(arguments, gradients):
-        function = functools.partial(project_heads, heads=heads, epsilon=EPSILON)
-        results, pull = jax.vjp(lambda *arguments: function(Inputs(*arguments)), *arguments)
+        def function(*arguments):
+            return project_heads(Inputs(*arguments), arguments[0].dtype, heads=heads, epsilon=EPSILON)
+
+        results, pull = jax.vjp(function, *arguments)
         return results, pull(tuple(gradients))
 
     return jax.jit(run)
@@ -281,6 +284,28 @@ def test_attention_and_gradients_equal_float64(implementation, case):
         # Some ten roundings in a row, each of 2^-8 at most; those of lambdas are sums of terms of both signs.
         share = 3e-2 if name == "d_lambdas" else 1.2e-2
         assert error <= share * np.linalg.norm(expected) + 1e-30, (name, error / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fast"])
+def test_a_norm_sends_nothing_back_along_x(implementation):
+    """However small attention's part of the gradient is beside what passes it by: see test_mlp.py.
+
+    Each output is a mean of values, which are linear in the normed x. So for the gradient y, the values' part along x
+    is |y|^2 in all, and the norm's takes it back.
+    """
+    sizes = Sizes(tokens=256)
+    arguments, (past, *_) = inputs("random", sizes, jnp.bfloat16)
+    x, _, weights, _, *rest = arguments
+    arguments = x, inverse_rms(x, EPSILON), weights, None, *rest
+    mask, _ = random_mask(np.random.default_rng(3), sizes.tokens // BLOCK_SIZE, BLOCK_SIZE, 0.8)
+    run = runner(implementation, sizes.heads)
+    (_, y), _ = run(arguments, mask, (past, jnp.zeros((sizes.tokens, sizes.heads * sizes.head_width), jnp.bfloat16)))
+    d_y = y * jnp.bfloat16(2.0**-9)
+    (_, y), (dx, *_) = run(arguments, mask, (past, d_y))
+    x, past, y, d_y, dx = float64((arguments[0], past, y, d_y, dx))
+    rounding = BF16 * np.sqrt(np.mean(past**2) * np.sum(x**2))
+    assert np.sum(d_y * y) > 20 * rounding
+    assert abs(np.sum((dx - past) * x)) <= 3 * rounding
 
 
 @pytest.mark.parametrize("rotated", [0, 3, 4])
