@@ -14,9 +14,9 @@ row in hand, but r stays a function of x: its gradient is returned as part of x'
 
 A norm's gradient has no part along x. Here that is the difference of two, what comes through the product and what comes
 through r, and beside both stands what passes the norm by, often a thousand times larger. Added to that one after the
-other in bfloat16 they would be lost: not now up, now down, but wherever it is too large for them, and one more often than
-the other. What is then left along x is a gradient that nothing asked for, of the factors on the residual stream: it has
-been half of theirs. So all three are summed in float32, and the sum is rounded once.
+other in bfloat16 they would be lost: not now up, now down, but wherever it is too large for them, and one more often
+than the other. What is then left along x is a gradient that nothing asked for, of the factors on the residual stream:
+it has been half of theirs. So all three are summed in float32, and the sum is rounded once.
 """
 
 import functools
