@@ -364,12 +364,6 @@ def test_thin_keeps_what_is_small():
     assert thin(np.broadcast_to(np.float32(0), (1 << 15, 1 << 10))).shape == (1 << 11, 1 << 10)
 
 
-def test_relative():
-    assert compare_parity.relative(np.array([1.1, 0]), np.array([1.0, 0])) == pytest.approx(0.1)
-    assert compare_parity.relative(np.zeros(2), np.zeros(2)) == 0
-    assert compare_parity.relative(np.ones(2), np.zeros(2)) == np.inf
-
-
 def parity_lines(tmp_path, decays):
     """Lines from three fake sides, whose parameters shrink by different factors."""
 
@@ -427,6 +421,40 @@ def test_what_rounding_does_in_one_layer_it_may_do_in_another(tmp_path):
     assert (second.rounding, second.tolerance) == pytest.approx((0.1, 0.3))
     assert other.tolerance == compare_parity.GRADIENT_FLOOR["bfloat16"]
     assert [line.passed for line in (first, second, other)] == [True, False, False]
+
+
+def test_a_vector_that_nearly_cancels_is_measured_by_its_kind(tmp_path):
+    values = {  # vectors of two layers, the second nearly 0; matrices likewise
+        "torch": (1.0, 1e-3, 1.0, 1e-3),
+        "eager": (1.0, 1e-3, 1.0, 1e-3),
+        "jax": (1.0, 2e-3, 1.0, 2e-3),
+    }
+    arrays = {side: tmp_path / f"{side}.npz" for side in values}
+    for side, (*vectors, a, b) in values.items():
+        named = {f"gradient:blocks.{i}.lambdas": np.float32([x, 0]) for i, x in enumerate(vectors)}
+        named |= {f"gradient:blocks.{i}.w": np.float32([[x, 0]]) for i, x in enumerate((a, b))}
+        np.savez(arrays[side], **named)
+    results = {side: {"loss": 1.0, "validation": {}} for side in values}
+    _, _, vector, _, matrix = compare_parity.lines("bfloat16", results, arrays, {})
+    assert vector.difference == pytest.approx(1e-3 / np.sqrt((1 + 1e-6) / 2))
+    assert vector.passed
+    assert matrix.difference == pytest.approx(1.0)
+    assert not matrix.passed
+
+
+def test_parity_of_zeros_and_of_different_shapes(tmp_path):
+    arrays = {side: tmp_path / f"{side}.npz" for side in ("jax", "torch", "eager")}
+    results = {side: {"loss": 1.0, "validation": {}} for side in arrays}
+
+    def line(jax, torch):
+        for side, value in (("jax", jax), ("torch", torch), ("eager", torch)):
+            np.savez(arrays[side], **{"gradient:w": value})
+        return list(compare_parity.lines("float32", results, arrays, {}))[1]
+
+    assert line(np.zeros((2, 2)), np.zeros((2, 2))).difference == 0
+    assert line(np.ones((2, 2)), np.zeros((2, 2))).difference == np.inf
+    with pytest.raises(ValueError, match=r"shapes \(1, 2\) \(JAX\), \(2, 2\)"):
+        line(np.zeros((1, 2)), np.zeros((2, 2)))
 
 
 def test_table_shows_the_worst_layer_of_each_kind():

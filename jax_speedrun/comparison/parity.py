@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ from .worker import load_arrays, save_arrays, thin
 SNAPSHOTS = (1, 2, 5, 10)
 FACTOR = 3.0
 GRADIENT_FLOOR = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Relative, in the Euclidean norm of one parameter's gradient."""
+"""Relative, in the Euclidean norm of one parameter's gradient; a vector's to that of its kind, if that is larger."""
 CHANGE_FLOOR = {"float32": 5e-3, "bfloat16": 5e-2}
 """The same for what training has changed: Adam's first step is a sign, which rounding flips where gradients vanish."""
 LOSS_TOLERANCE = 1e-3
@@ -116,25 +116,29 @@ def lines(
     loss = {side: result["loss"] for side, result in results.items()}
     yield _scalar_line("loss, step 0", loss, LOSS_TOLERANCE)
     files = {side: np.load(path) for side, path in arrays.items()}
-    measured: list[tuple[str, float, float]] = []
+    measured: dict[str, Measured] = {}
     try:
         for key in files["torch"].files:
             what, name = key.split(":")
             values = {side: file[key] for side, file in files.items()}
             if what != "gradient":
                 values = {side: value - thin(start[name]) for side, value in values.items()}
-            difference, rounding = (relative(values[side], values["torch"]) for side in ("jax", "eager"))
-            measured.append((f"{what}: {name}", difference, rounding))
+            measured[f"{what}: {name}"] = Measured.of(values["jax"], values["eager"], values["torch"])
     finally:
         for file in files.values():
             file.close()
-    # The rounding of two or three numbers may be small by chance: what one layer's has been, another's may be.
-    worst: dict[str, float] = defaultdict(float)
-    for quantity, _, rounding in measured:
-        worst[kind_of(quantity)] = max(worst[kind_of(quantity)], rounding)
-    for quantity, difference, rounding in measured:
+    kinds: dict[str, list[Measured]] = defaultdict(list)
+    for quantity, one in measured.items():
+        kinds[kind_of(quantity)].append(one)
+    for quantity, one in measured.items():
+        kind = kinds[kind_of(quantity)]
+        # A vector is a few sums of a great many terms. Where they happen to cancel, their rounding does not.
+        usual = math.sqrt(sum(other.size**2 for other in kind) / len(kind)) if one.is_vector else 0.0
+        difference, rounding = (_ratio(distance, max(one.size, usual)) for distance in (one.difference, one.rounding))
+        # The rounding of two or three numbers may be small by chance: what one layer's has been, another's may be.
+        worst = max(_ratio(other.rounding, max(other.size, usual)) for other in kind)
         floor = (GRADIENT_FLOOR if quantity.startswith("gradient:") else CHANGE_FLOOR)[dtype]
-        yield Line(quantity, difference, rounding, max(floor, FACTOR * worst[kind_of(quantity)]))
+        yield Line(quantity, difference, rounding, max(floor, FACTOR * worst))
     for step in results["torch"]["validation"]:
         losses = {side: r["validation"][step] for side, r in results.items() if step in r["validation"]}
         yield _scalar_line(f"validation loss, step {step}", losses, CURVE_TOLERANCE)
@@ -145,13 +149,28 @@ def _scalar_line(quantity: str, values: Mapping[str, float], tolerance: float) -
     return Line(quantity, abs(values["jax"] - values["torch"]), rounding, tolerance)
 
 
-def relative(value: np.ndarray, reference: np.ndarray) -> float:
-    """|value - reference| / |reference|, 0 where both are 0."""
-    if value.shape != reference.shape:
-        raise ValueError(f"shapes {value.shape} and {reference.shape}")
-    difference = float(np.linalg.norm((value - reference).astype(np.float64)))
-    norm = float(np.linalg.norm(reference.astype(np.float64)))
-    return difference / norm if norm else (0.0 if difference == 0 else math.inf)
+class Measured(NamedTuple):
+    """One array of all sides, in Euclidean norms: JAX and eager less compiled PyTorch, and compiled PyTorch itself."""
+
+    difference: float
+    rounding: float
+    size: float
+    is_vector: bool
+
+    @classmethod
+    def of(cls, jax: np.ndarray, eager: np.ndarray, torch: np.ndarray) -> "Measured":
+        if not jax.shape == eager.shape == torch.shape:
+            raise ValueError(f"shapes {jax.shape} (JAX), {eager.shape} (eager) and {torch.shape} (compiled PyTorch)")
+        return cls(_norm(jax - torch), _norm(eager - torch), _norm(torch), torch.ndim == 1)
+
+
+def _norm(array: np.ndarray) -> float:
+    return float(np.linalg.norm(array.astype(np.float64)))
+
+
+def _ratio(distance: float, size: float) -> float:
+    """0 where both are 0."""
+    return distance / size if size else (0.0 if distance == 0 else math.inf)
 
 
 def worst_of_each_kind(lines: Iterable[Line]) -> list[Line]:
