@@ -1,10 +1,11 @@
-"""Eight virtual CPU devices for every test, made before anything can ask for another number.
+"""Eight virtual CPU devices for every test, made before anything can ask for another number, and a cache of its own.
 
 Hypothesis draws the same examples every time, so that one commit has one verdict; to look for new ones,
 `pytest --hypothesis-profile explore`.
 """
 
 import os
+import tempfile
 
 import jax
 from hypothesis import settings
@@ -12,6 +13,9 @@ from hypothesis import settings
 # XLA ends a process whose devices wait 40 s for each other. Eight of them on two busy cores may.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
+# Neither what the user has compiled decides a test, nor an earlier run of the tests.
+CACHE = tempfile.TemporaryDirectory(prefix="jax_speedrun-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # A device takes 32 computations at a time. An interpreted kernel dispatches more of them from inside its own, and waits
