@@ -5,6 +5,7 @@ Hypothesis draws the same examples every time, so that one commit has one verdic
 """
 
 import os
+import signal
 import tempfile
 
 import jax
@@ -13,6 +14,8 @@ from hypothesis import settings
 # XLA ends a process whose devices wait 40 s for each other. Eight of them on two busy cores may.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
+# A shell's background jobs ignore SIGINT, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Neither what the user has compiled decides a test, nor an earlier run of the tests.
 CACHE = tempfile.TemporaryDirectory(prefix="jax_speedrun-tests-", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = CACHE.name
