@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from . import distributed
@@ -99,7 +98,7 @@ class Checkpoints:
             writing.result()
 
     def restore[State](self, step: int, abstract_state: State) -> State:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `abstract_state`."""
+        """The state saved at `step`, with the shapes, dtypes and shardings of `abstract_state`: a `Program.saved`."""
         return self._checkpointer.load(step, abstract_state)
 
     def _finish(self, step: int, response: ocp.AsyncResponse[bool], metadata: Metadata) -> None:
@@ -159,11 +158,6 @@ def discard_after(run_directory: Path, step: int) -> None:
         # First, so that one killed in here leaves nothing that looks complete.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
-
-
-def abstract[State](state: State) -> State:
-    """Shapes, dtypes and shardings of `state`, as `Checkpoints.restore` wants them."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _complete_steps(directory: Path) -> list[int]:

@@ -3,11 +3,13 @@
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from .checkpoint import Checkpoints
 from .compilation import Call, compile_together
@@ -32,10 +34,35 @@ class DivergedError(SharedError, RuntimeError):
     """The loss is not a finite number any more."""
 
 
+class Functions(NamedTuple):
+    """A `Program`'s, compiled."""
+
+    init: Compiled
+    train_step: Compiled
+    evaluate: Compiled
+
+
+def compile_functions(
+    program: Program, config: Config, mesh: Mesh, validation: Validation, store: ProgramStore | None
+) -> Functions:
+    """Side by side, on all cores; or from `store`, where they stay."""
+    split = split_sequences(mesh)
+    sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=split)
+    began = time.perf_counter()
+    train_step, evaluate, init = compile_together(
+        # The longest first.
+        Call(program.train_step, (program.state, sequences, sequences)),
+        Call(program.evaluate, (program.state, *validation)),
+        Call(program.init, ()),
+        store=store,
+        made_from=repr(config),
+    )
+    _say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return Functions(init, train_step, evaluate)
+
+
 class Loop:
     """What runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
-
-    With `store`, compiled programs come from there and stay there.
 
     With `trace`, a folder, some steps are traced into it, for xprof or Perfetto.
     """
@@ -45,14 +72,14 @@ class Loop:
         config: Config,
         mesh: Mesh,
         program: Program,
+        functions: Functions,
         log: RunLog | None,
         checkpoints: Checkpoints,
         clock: StepClock,
-        store: ProgramStore | None = None,
         trace: Path | None = None,
     ):
         self.config, self.program, self.log, self.checkpoints, self.clock = config, program, log, checkpoints, clock
-        self.store = store
+        self.functions = functions
         self.split = split_sequences(mesh)
         self.device = mesh.local_devices[0]
         peak = peak_flops(self.device)
@@ -68,17 +95,7 @@ class Loop:
         """
         config = self.config
         if resumed is not None:
-            self._say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
-        sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=self.split)
-        began = time.perf_counter()
-        train_step, evaluate = compile_together(
-            Call(self.program.train_step, (state, sequences, sequences)),
-            Call(self.program.evaluate, (state, *validation)),
-            store=self.store,
-            made_from=repr(config),
-        )
-        self._say(f"compiled in {time.perf_counter() - began:.1f} s")
-
+            _say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         start, position, val_loss = resumed or 0, batches.position(), math.nan
         placed = prefetch(batches, self._place)
         with StopRequest() as stop:
@@ -87,7 +104,7 @@ class Loop:
                 if last or (step % config.validation_every == 0 and not stopped):
                     self._report()
                     self.clock.pause()
-                    val_loss = float(evaluate(state, *validation))
+                    val_loss = float(self.functions.evaluate(state, *validation))
                     self._log_validation(step, val_loss)
                 every = config.checkpoint_every
                 due = last or stopped or (every > 0 and step % every == 0 and step > start)
@@ -99,16 +116,16 @@ class Loop:
                 self._trace(step - start)
                 self.clock.resume()
                 position, (tokens_NT, targets_NT) = next(placed)
-                state, metrics = train_step(state, tokens_NT, targets_NT)
+                state, metrics = self.functions.train_step(state, tokens_NT, targets_NT)
                 self._report()
                 self.pending = step, metrics
             self.checkpoints.wait()
         placed.close()
         if stopped and not last:
             folder = self.checkpoints.directory.parent
-            self._say(f"stopped by {stop.name} after step {step}/{config.steps}; go on with --resume {folder}")
+            _say(f"stopped by {stop.name} after step {step}/{config.steps}; go on with --resume {folder}")
         if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
-            self._say(f"peak memory: {peak / 2**30:.1f} GiB a device")
+            _say(f"peak memory: {peak / 2**30:.1f} GiB a device")
         return val_loss
 
     def _trace(self, done: int) -> None:
@@ -120,7 +137,7 @@ class Loop:
             jax.profiler.start_trace(self.trace)
         else:
             jax.profiler.stop_trace()
-            self._say(f"trace: {self.trace}")
+            _say(f"trace: {self.trace}")
 
     def _place(self, batch: Batch) -> tuple[Array, Array]:
         tokens_NT, targets_NT = (place(self.split, self.config.sequences, rows) for rows in batch)
@@ -173,9 +190,10 @@ class Loop:
             {"config": to_dict(self.config), "data_position": position, "clock": self.clock.state()},
         )
 
-    def _say(self, message: str) -> None:
-        if is_first():
-            print(message, flush=True)
+
+def _say(message: str) -> None:
+    if is_first():
+        print(message, flush=True)
 
 
 @jax.jit

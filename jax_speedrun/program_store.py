@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from jax.stages import Compiled
 from . import distributed, kernels
 from .whole_file import write_whole
 
-KEPT = 8
-"""Programs in a store; those longest unused go."""
+KEPT = 12
+"""Programs in a store, three of a run; those longest unused go."""
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -31,10 +32,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class ProgramStore:
-    """Programs in `folder`, to which only the user may be able to write, since a program found there is run."""
+    """Programs for `devices` in `folder`, to which only the user may be able to write: what is found there is run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, devices: Iterable[jax.Device]):
         self.folder = folder
+        self.devices = tuple(devices)
 
     def load(self, name: str, made_from: str, arguments: tuple[Any, ...]) -> Compiled | None:
         """The program that was saved under the same name, for the same code and the same arguments; None without one.
@@ -44,7 +46,7 @@ class ProgramStore:
           made_from: whatever the function depends on, in words: the code of this package is seen to.
           arguments: trees of arrays, or of their shapes with shardings.
         """
-        path, devices = self._path(name, made_from, arguments), _devices(arguments)
+        path = self._path(name, made_from, arguments)
         try:
             stored = path.read_bytes()
         except OSError:
@@ -56,7 +58,7 @@ class ProgramStore:
         try:
             executable, in_tree, out_tree = pickle.loads(content)
             program: Compiled = serialize_executable.deserialize_and_load(
-                executable, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
+                executable, in_tree, out_tree, backend=self.devices[0].client, execution_devices=self.devices
             )
             os.utime(path)
         except Exception as error:  # what a backend raises for a program that it will not load is its own affair
@@ -83,7 +85,7 @@ class ProgramStore:
             _source_digest(),
             sys.version,
             *(f"{package} {metadata.version(package)}" for package in PACKAGES),
-            *(f"{device.id} {device.device_kind} {device.client.platform_version}" for device in _devices(arguments)),
+            *(f"{device.id} {device.device_kind} {device.client.platform_version}" for device in self.devices),
             os.environ.get("XLA_FLAGS", ""),
             repr(sorted((option, str(value)) for option, value in jax.config.values.items())),
             str(structure),
@@ -101,12 +103,7 @@ def store_for(mesh: Mesh, folder: Path | None) -> ProgramStore | None:
     """
     if folder is None or not folder.is_dir() or mesh.devices.flat[0].platform == "cpu" or distributed.several():
         return None
-    return ProgramStore(folder)
-
-
-def _devices(arguments: tuple[Any, ...]) -> list[jax.Device]:
-    found = {device for leaf in jax.tree.leaves(arguments) for device in leaf.sharding.device_set}
-    return sorted(found, key=lambda device: device.id)
+    return ProgramStore(folder, mesh.devices.flat)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def load(run: Path) -> Trained:
     config = resolve(from_dict(metadata["config"]), mesh.devices.flat[0])
     program = make_program(config, mesh)
     with Checkpoints(run) as checkpoints:
-        state = checkpoints.restore(step, checkpoint.abstract(program.init()))
+        state = checkpoints.restore(step, program.saved)
     return Trained(config, state.params, step)
 
 

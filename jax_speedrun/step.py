@@ -58,6 +58,7 @@ class Program(NamedTuple):
     evaluate: (TrainState, tokens_NT, targets_NT, weights_N) -> weighted mean loss.
     to_checkpoint: TrainState -> the same on every device, its structure and shapes independent of how many there are.
     from_checkpoint: its inverse, for the devices of this mesh.
+    state, saved: the shapes, dtypes and shardings of a state, and of what `to_checkpoint` makes of it.
     """
 
     init: jax.stages.Wrapped
@@ -65,6 +66,8 @@ class Program(NamedTuple):
     evaluate: jax.stages.Wrapped
     to_checkpoint: Callable[[TrainState], TrainState]
     from_checkpoint: Callable[[TrainState], TrainState]
+    state: TrainState
+    saved: TrainState
 
 
 def make_program(config: Config, mesh: Mesh) -> Program:
@@ -157,23 +160,30 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             compiler_options=compiler_options(mesh),
         ),
         jax.jit(evaluate, in_shardings=(placed, split, split, split), out_shardings=replicated),
-        *_checkpoint_forms(config, shapes, placed, shards, replicated),
+        *_checkpoint_forms(config, jax.tree.map(_at, shapes, placed), shards, replicated),
     )
 
 
 def _checkpoint_forms(
-    config: Config, shapes: TrainState, placed: TrainState, shards: Shards | None, replicated: NamedSharding
-) -> tuple[Callable[[TrainState], TrainState], Callable[[TrainState], TrainState]]:
-    """`Program.to_checkpoint` and `from_checkpoint`: a checkpoint is the state as a single device has it."""
+    config: Config, state: TrainState, shards: Shards | None, replicated: NamedSharding
+) -> tuple[Callable[[TrainState], TrainState], Callable[[TrainState], TrainState], TrainState, TrainState]:
+    """The last four of `Program`: a checkpoint is the state as a single device has it."""
     if shards is None:
-        return lambda state: state, lambda state: state
-    alone = jax.eval_shape(recipe_optimizer(config.optimizer, config.steps).init, shapes.params)
+        return lambda state: state, lambda state: state, state, state
+    alone = jax.eval_shape(recipe_optimizer(config.optimizer, config.steps).init, state.params)
     whole = jax.jit(lambda state: whole_state(state, alone, shards), out_shardings=replicated)
-    shared = jax.jit(lambda state: shared_state(state, shards), out_shardings=placed.optimizer_state)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.optimizer_state)
+    shared = jax.jit(lambda state: shared_state(state, shards), out_shardings=places)
     return (
         lambda state: state._replace(optimizer_state=whole(state.optimizer_state)),
         lambda state: state._replace(optimizer_state=shared(state.optimizer_state)),
+        state,
+        state._replace(optimizer_state=jax.tree.map(lambda leaf: _at(leaf, replicated), alone)),
     )
+
+
+def _at(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _mean_of_scalars[Tree](tree: Tree) -> Tree:

@@ -12,7 +12,7 @@ from .config import Config, to_dict
 from .data import Rows, TokenBatches, find_shards, validation_count, validation_sequences
 from .errors import UsageError
 from .lock import locked
-from .loop import TRACED_STEPS, Loop
+from .loop import TRACED_STEPS, Loop, compile_functions
 from .program_store import ProgramStore
 from .runlog import RunLog, StepClock
 from .sharding import split_sequences
@@ -88,15 +88,17 @@ def train(
         checkpoints = folder.enter_context(Checkpoints(out))
 
         program = make_program(config, mesh)
-        state = program.init()
-        if start is not None:
-            saved = checkpoints.restore(start, checkpoint.abstract(program.to_checkpoint(state)))
-            state = program.from_checkpoint(saved)
         tokens, targets, weights = (distributed.place(split, total, rows) for rows in held_out)
+        validation = tokens, targets, weights
+        functions = compile_functions(program, config, mesh, validation, store)
+        if start is None:
+            state = functions.init()
+        else:
+            state = program.from_checkpoint(checkpoints.restore(start, program.saved))
         clock = StepClock(**metadata.get("clock", {}))
         trace = out / "profile" if profile and distributed.is_first() else None
-        loop = Loop(config, mesh, program, log, checkpoints, clock, store, trace)
-        return loop.run(state, batches, (tokens, targets, weights), start)
+        loop = Loop(config, mesh, program, functions, log, checkpoints, clock, trace)
+        return loop.run(state, batches, validation, start)
 
 
 def _validation(config: Config, data: Path, split: NamedSharding) -> tuple[int, tuple[Rows, Rows, np.ndarray]]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def store(tmp_path):
-    return ProgramStore(tmp_path)
+    return ProgramStore(tmp_path, jax.devices()[:1])
 
 
 def traced(function):
@@ -54,16 +54,18 @@ def test_only_what_is_missing_is_compiled(store):
     np.testing.assert_array_equal(cosine(x), other(x))
 
 
-def test_a_step_comes_back_with_its_trees_its_places_and_its_donation(store):
+def test_a_step_comes_back_with_its_trees_its_places_and_its_donation(tmp_path):
     config = PRESETS["tiny"]
     mesh = make_mesh(2, config.sequences)
+    store = ProgramStore(tmp_path, mesh.devices.flat)
     program = make_program(config, mesh)
     shape = (config.sequences, config.sequence_length)
     tokens = jax.device_put(np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 7, split_sequences(mesh))
     results = []
     for _ in range(2):
-        state = program.init()
-        (step,) = compile_together(Call(program.train_step, (state, tokens, tokens)), store=store)
+        calls = Call(program.train_step, (program.state, tokens, tokens)), Call(program.init, ())
+        step, init = compile_together(*calls, store=store)
+        state = init()
         results.append(step(state, tokens, tokens))
         assert state.params["head"].is_deleted()
     assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
@@ -82,7 +84,7 @@ def cube(x):
     print("traced")
     return x ** 3
 x = jnp.arange(3.0)
-print(compile_together(Call(jax.jit(cube), (x,)), store=ProgramStore(Path({str(tmp_path)!r})))[0](x))
+print(compile_together(Call(jax.jit(cube), (x,)), store=ProgramStore(Path({str(tmp_path)!r}), jax.devices()))[0](x))
 """
     run = [sys.executable, "-c", code]
     outputs = [subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)]
@@ -97,7 +99,7 @@ from jax_speedrun.compilation import Call, compile_together
 from jax_speedrun.program_store import ProgramStore
 jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "jax")!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-store = ProgramStore(Path({str(tmp_path)!r}))
+store = ProgramStore(Path({str(tmp_path)!r}), jax.devices())
 x = jnp.arange(3.0)
 for made_from in "ab":
     # Two functions, or JAX remembers the first one's program without asking its cache.
@@ -116,8 +118,9 @@ class TestKey:
     name, made_from, x = "f", "recipe", np.zeros((8, 2), np.float32)
 
     @pytest.fixture
-    def filled(self, store):
-        x = jax.device_put(self.x, replicate(make_mesh(2, 2)))
+    def filled(self, tmp_path):
+        mesh = make_mesh(2, 2)
+        store, x = ProgramStore(tmp_path, mesh.devices.flat), jax.device_put(self.x, replicate(mesh))
         store.save(self.name, self.made_from, (x,), jax.jit(jnp.sin).lower(x).compile())
         assert store.load(self.name, self.made_from, (x,)) is not None
         assert store.load(self.name, self.made_from, (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),))
@@ -141,6 +144,11 @@ class TestKey:
             assert store.load(self.name, self.made_from, (other,)) is None
         assert store.load(self.name, self.made_from, ((x,),)) is None
         assert store.load(self.name, self.made_from, (x, x)) is None
+
+    def test_devices(self, filled):
+        store, x = filled
+        for devices in (jax.devices()[1:3], jax.devices()[:1]):
+            assert ProgramStore(store.folder, devices).load(self.name, self.made_from, (x,)) is None
 
     def test_options(self, filled, monkeypatch):
         store, x = filled
@@ -194,7 +202,7 @@ def test_a_program_that_does_not_load_is_compiled_anew(store, capsys, monkeypatc
 
 
 def test_a_store_that_cannot_be_written_is_a_line(tmp_path, capsys, monkeypatch):
-    store = ProgramStore(tmp_path)
+    store = ProgramStore(tmp_path, jax.devices()[:1])
     x = jnp.arange(3.0)
 
     def full(*_):
