@@ -295,6 +295,16 @@ def test_checkpoints_fit_any_number_of_devices():
         np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_program_knows_what_a_state_and_a_checkpoint_of_it_look_like(devices):
+    program = small_program(devices)
+    state = program.init()
+    for arrays, known in ((state, program.state), (program.to_checkpoint(state), program.saved)):
+        assert jax.tree.structure(arrays) == jax.tree.structure(known)
+        for array, leaf in zip(*map(jax.tree.leaves, (arrays, known)), strict=True):
+            assert (array.shape, array.dtype, array.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+
+
 def test_compiler_options_only_where_the_backend_knows_them():
     assert compiler_options(mesh_of(1)) is None
     assert compiler_options(mesh_of(8)) is None  # CPU
