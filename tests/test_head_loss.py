@@ -1,6 +1,7 @@
 """The head's loss and gradients against float64 NumPy, in every precision; the fast path in Pallas' interpreter."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax_speedrun.kernels import head_hopper_gradient
 from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
 from jax_speedrun.kernels.head_loss import fast_head_supported, fp8_supported, head_logits, head_loss
+from tests.scripts import load_script
 
 T, D, V = 384, 16, 640
 
@@ -302,3 +304,16 @@ def test_fast_is_for_hopper_only():
     Device.compute_capability = "10.0"
     assert not fast_head_supported(Device(), "fp8", **FAST)
     assert not fast_head_supported(jax.devices("cpu")[0], "fp8", **FAST)
+
+
+@pytest.mark.slow
+def test_bench_runs_small_without_a_gpu(tmp_path, capsys, monkeypatch):
+    bench = load_script("bench_head")
+    sizes = ["--tokens", "128", "--vocabulary", "640", "--width", "256", "--error-tokens", "128", "--chunks", "128"]
+    assert bench.main([*sizes, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "head.json").read_text())
+    assert {row["name"] for row in record["rows"]} >= {"whole, plain", "whole, fast", "dx, cuBLASLt"}
+    monkeypatch.setattr(bench, "LARGEST_ERROR", -1.0)
+    assert bench.main([*sizes, "--out", str(tmp_path)]) == 1
+    assert bench.main(["--tokens", "33", "--out", str(tmp_path)]) == 2
+    assert "--tokens 33: the kernels need" in capsys.readouterr().err
