@@ -47,6 +47,7 @@ class JaxSide:
         self._state: TrainState | None = None
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self._compiled: dict[Wrapped, Compiled] = {}
+        self._steps_follow = job["task"] == "parity"  # a gradient: then both are compiled side by side
         cache = jax.config.jax_compilation_cache_dir
         self._store = store_for(self.mesh, Path(cache) if cache else None)
 
@@ -128,7 +129,7 @@ class JaxSide:
     def evaluate(self, tokens_NT: np.ndarray, targets_NT: np.ndarray, step: int) -> float:
         weights_N = np.ones(len(tokens_NT), np.float32)
         placed = jax.device_put((tokens_NT, targets_NT, weights_N), split_sequences(self.mesh))
-        return float(self.program.evaluate(self._at(step), *placed))
+        return float(self._call(self.program.evaluate, self._at(step), *placed))
 
     def _loss(self, params: Params, tokens_T: Array, targets_T: Array, window: Array) -> Array:
         model: GPT = nnx.merge(self.graph, params)
@@ -147,8 +148,16 @@ class JaxSide:
     def _call(self, function: Wrapped, *arguments: Any) -> Any:
         """Call a jitted function, compiled as a run compiles it."""
         if function not in self._compiled:
-            call = Call(function, arguments)
-            (self._compiled[function],) = compile_together(call, store=self._store, made_from=repr(self.config))
+            calls = {function: Call(function, arguments)}
+            if function is self._value_and_grad and self._steps_follow:
+                _, tokens_T, *_ = arguments
+                sequences = jax.ShapeDtypeStruct(
+                    (1, *tokens_T.shape), tokens_T.dtype, sharding=split_sequences(self.mesh)
+                )
+                step = self.program.train_step
+                calls[step] = Call(step, (self.program.state, sequences, sequences))
+            programs = compile_together(*calls.values(), store=self._store, made_from=repr(self.config))
+            self._compiled.update(zip(calls, programs, strict=True))
         return self._compiled[function](*arguments)
 
     def _train_step(self, sequences: tuple[Array, Array], step: int) -> Array:
