@@ -323,7 +323,7 @@ class Consumer:
         steps, parts = self.cut.steps, self.cut.parts
         own, _ = self.place(i)
         row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in self.sides.rows]
-        came: Values = []
+        came, late = list[Array](), None
 
         self.multiply(acc, slot)
         done = 1
@@ -343,19 +343,15 @@ class Consumer:
                 slot, done = self.next_steps(acc, slot, until - done), until
                 came.append(self.take(i, copy, row_values))
                 if self.sides.factor and copy == parts - 1:
-                    addend = self.weighted_addend(own, came)
-                    came = []
-                    if not self.interpret:
-                        plgpu.wgmma_wait(0)
-                        acc[...] = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA) + addend
+                    late, came = self.add(acc, own, came), []
         # Not earlier: the last tile's parts are in registers until they have left.
         narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in self.sides.narrow]
         slot = self.next_steps(acc, slot, steps - done)
 
         # An accumulator's registers are single, but bfloat16 is rounded in pairs.
         value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-        if self.interpret and self.sides.factor:
-            value += addend  # the interpreter writes no accumulators
+        if late is not None:
+            value += late
         plgpu.barrier_arrive(self.barriers.free.at[slot])
         results = self.finish(value, row_values, narrow, came)
         return self.after(slot), *results
@@ -429,11 +425,15 @@ class Consumer:
         self.fetch(i, copy + SLOTS)
         return made
 
-    def weighted_addend(self, own: pl.Slice, parts: Values) -> Array:
-        """The addend's rows times their factors, float32."""
+    def add(self, acc: Ref, own: pl.Slice, parts: Values) -> Array | None:
+        """acc += the addend's rows times their factors; or what the interpreter, which cannot, is to add in the end."""
         addend = jnp.concatenate(parts, axis=1).astype(jnp.float32)
-        factor = plgpu.load(self.sides.factor[0].at[own], layout=ROW, optimized=False)
-        return addend * rows(factor, addend.shape)
+        addend *= rows(plgpu.load(self.sides.factor[0].at[own], layout=ROW, optimized=False), addend.shape)
+        if self.interpret:
+            return addend
+        plgpu.wgmma_wait(0)
+        acc[...] = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA) + addend
+        return None
 
     def finish(self, value: Array, row_values: Values, narrow: Values, kept: Values) -> Values:
         """The parts of a tile's result; its row results go to shared memory."""
