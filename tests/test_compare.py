@@ -482,7 +482,7 @@ def test_parity_chart(tmp_path):
 def test_jax_side_gives_back_what_it_loads_and_steps_like_the_program():
     small = {"padded_vocabulary": 256, "layers": 4, "long_layers": (0, 3), "attention_free_layers": (2,)}
     model = dataclasses.replace(TINY.model, value_embedding_tables=1, width=32, mlp_width=48, **small)
-    side = JaxSide(compare.make_job(dataclasses.replace(TINY, model=model), "parity"))
+    side = JaxSide(compare.make_job(dataclasses.replace(TINY, model=model, sequence_length=256), "parity"))
     weights = compare_parity.fill(side.parameters(), 0)
     assert "blocks.0.attention.qkv_3DD" in weights
     side.load(weights)

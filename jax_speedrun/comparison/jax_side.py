@@ -47,14 +47,14 @@ class JaxSide:
         self._state: TrainState | None = None
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self._compiled: dict[Wrapped, Compiled] = {}
-        self._steps_follow = job["task"] == "parity"  # a gradient: then both are compiled side by side
+        self._ahead = self._needed(job)
         cache = jax.config.jax_compilation_cache_dir
         self._store = store_for(self.mesh, Path(cache) if cache else None)
 
     @property
     def state(self) -> TrainState:
         if self._state is None:
-            self._state = self.program.init()
+            self._state = self._call(self.program.init)
         return self._state
 
     def describe(self) -> dict[str, Any]:
@@ -145,17 +145,25 @@ class JaxSide:
     def _at(self, step: int) -> TrainState:
         return self.state._replace(step=jax.device_put(np.int32(step), replicate(self.mesh)))
 
+    def _needed(self, job: Mapping[str, Any]) -> list[Call]:
+        """What the job will call for certain, to be compiled side by side as a run does."""
+        split, tokens_T = split_sequences(self.mesh), jax.ShapeDtypeStruct((self.config.sequence_length,), jnp.int32)
+        sequences = jax.ShapeDtypeStruct((1, *tokens_T.shape), jnp.int32, sharding=split)
+        step = Call(self.program.train_step, (self.program.state, sequences, sequences))
+        match job["task"]:
+            case "parity":
+                window = jax.ShapeDtypeStruct((), jnp.int32)
+                gradient = Call(self._value_and_grad, (self.program.state.params, tokens_T, tokens_T, window))
+                return [step, gradient]
+            case "measure" if "step" in job["parts"]:
+                return [step, Call(self.program.init, ())]
+        return []
+
     def _call(self, function: Wrapped, *arguments: Any) -> Any:
         """Call a jitted function, compiled as a run compiles it."""
         if function not in self._compiled:
-            calls = {function: Call(function, arguments)}
-            if function is self._value_and_grad and self._steps_follow:
-                _, tokens_T, *_ = arguments
-                sequences = jax.ShapeDtypeStruct(
-                    (1, *tokens_T.shape), tokens_T.dtype, sharding=split_sequences(self.mesh)
-                )
-                step = self.program.train_step
-                calls[step] = Call(step, (self.program.state, sequences, sequences))
+            calls = {call.function: call for call in (*self._ahead, Call(function, arguments))}
+            self._ahead = []
             programs = compile_together(*calls.values(), store=self._store, made_from=repr(self.config))
             self._compiled.update(zip(calls, programs, strict=True))
         return self._compiled[function](*arguments)
