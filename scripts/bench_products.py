@@ -82,13 +82,13 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
         return total, inverse_rms(total, 1e-6)
 
     def slope(dy: Array, p: Array, s: Array, r2: Array) -> Array:
-        return (wide(linear(dy, p)) * 2 * s[:, None] * jnp.sqrt(wide(r2))).astype(jnp.bfloat16)
+        return (wide(linear(dy, p)) * 2 * s[:, None] * jnp.sqrt(wide(r2))).astype(dy.dtype)
 
     def with_terms(z: Array, w: Array, dy: Array, along: Array, x: Array) -> Array:
-        return (wide(linear(z, w)) + wide(dy) + along[:, None] * wide(x)).astype(jnp.bfloat16)
+        return (wide(linear(z, w)) + wide(dy) + along[:, None] * wide(x)).astype(z.dtype)
 
     def value(x: Array, w: Array, s: Array, half: Array, e: Array) -> Array:
-        return (wide(linear(x, w)) * s[:, None] + half[:, None] * wide(e)).astype(jnp.bfloat16)
+        return (wide(linear(x, w)) * s[:, None] + half[:, None] * wide(e)).astype(x.dtype)
 
     def rotated(x: Array, w: Array, s: Array, cos: Array, sin: Array) -> Array:
         y = (wide(linear(x, w)) * s[:, None]).reshape(tokens, -1, HEAD_WIDTH)
