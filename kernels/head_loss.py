@@ -257,7 +257,7 @@ def _dot(
             lax.dot_general, dimension_numbers=dimensions, precision=algorithm, preferred_element_type=dtype
         )
 
-    anywhere = dot("highest" if precision == "float32" else None)
+    anywhere = dot(None if fast_accumulation and precision != "float32" else "highest")
     if precision != "fp8":
         return anywhere(a, b)
     preset = lax.DotAlgorithmPreset
