@@ -132,6 +132,12 @@ def is_first() -> bool:
     return not several() or global_state.process_id == 0
 
 
+def say(message: str) -> None:
+    """Print a message of the run, once for all processes."""
+    if is_first():
+        print(message, flush=True)
+
+
 def require_whole(mesh: Mesh) -> None:
     """Raises UsageError unless all devices of all processes are in `mesh`."""
     if several() and mesh.size != jax.device_count():

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoints
 from .compilation import Call, compile_together
 from .config import Config, peak_flops, to_dict
 from .data import Batch, TokenBatches, prefetch
-from .distributed import SharedError, is_first, place
+from .distributed import SharedError, place, say
 from .kernels.block_mask import BLOCK_SIZE
 from .program_store import ProgramStore
 from .runlog import RunLog, StepClock
@@ -57,7 +57,7 @@ def compile_functions(
         store=store,
         made_from=repr(config),
     )
-    _say(f"compiled in {time.perf_counter() - began:.1f} s")
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
     return Functions(init, train_step, evaluate)
 
 
@@ -95,7 +95,7 @@ class Loop:
         """
         config = self.config
         if resumed is not None:
-            _say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
+            say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         start, position, val_loss = resumed or 0, batches.position(), math.nan
         placed = prefetch(batches, self._place)
         with StopRequest() as stop:
@@ -123,9 +123,9 @@ class Loop:
         placed.close()
         if stopped and not last:
             folder = self.checkpoints.directory.parent
-            _say(f"stopped by {stop.name} after step {step}/{config.steps}; go on with --resume {folder}")
+            say(f"stopped by {stop.name} after step {step}/{config.steps}; go on with --resume {folder}")
         if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
-            _say(f"peak memory: {peak / 2**30:.1f} GiB a device")
+            say(f"peak memory: {peak / 2**30:.1f} GiB a device")
         return val_loss
 
     def _trace(self, done: int) -> None:
@@ -137,7 +137,7 @@ class Loop:
             jax.profiler.start_trace(self.trace)
         else:
             jax.profiler.stop_trace()
-            _say(f"trace: {self.trace}")
+            say(f"trace: {self.trace}")
 
     def _place(self, batch: Batch) -> tuple[Array, Array]:
         tokens_NT, targets_NT = (place(self.split, self.config.sequences, rows) for rows in batch)
@@ -189,11 +189,6 @@ class Loop:
             self.program.to_checkpoint(state),
             {"config": to_dict(self.config), "data_position": position, "clock": self.clock.state()},
         )
-
-
-def _say(message: str) -> None:
-    if is_first():
-        print(message, flush=True)
 
 
 @jax.jit

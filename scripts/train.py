@@ -123,14 +123,14 @@ def _run(args: argparse.Namespace, compiled: Path | None) -> None:
         distributed.require_whole(mesh)
         config = resolve(config, mesh.devices.flat[0])
     distributed.require_same(config, args.dry_run, args.resume is None, args.resume_step)
-    _say(describe(config, mesh))
+    distributed.say(describe(config, mesh))
     if args.dry_run:
-        _say(describe_scaling(config, mesh.size))
+        distributed.say(describe_scaling(config, mesh.size))
         return
     data = args.data or (TINY_DATA if config.preset == "tiny" else FINEWEB_DATA)
     named = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
     out = Path(distributed.exchange(str(named))[0])  # clocks differ
-    _say(f"data:       {data}\nrun:        {out}")
+    distributed.say(f"data:       {data}\nrun:        {out}")
     train(
         config,
         mesh,
@@ -143,16 +143,11 @@ def _run(args: argparse.Namespace, compiled: Path | None) -> None:
     )
 
 
-def _say(message: str) -> None:
-    if distributed.is_first():
-        print(message, flush=True)
-
-
 def _preset(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
     name = args.preset or "auto"
     if name == "auto":
         name, why = _auto_preset(args)
-        _say(f"preset auto: {name}, since {why}")
+        distributed.say(f"preset auto: {name}, since {why}")
     if name not in PRESETS:
         raise UsageError(f"--preset {name}: unknown; choose one of auto, {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
