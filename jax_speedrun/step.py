@@ -160,7 +160,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             compiler_options=compiler_options(mesh),
         ),
         jax.jit(evaluate, in_shardings=(placed, split, split, split), out_shardings=replicated),
-        *_checkpoint_forms(config, jax.tree.map(_at, shapes, placed), shards, replicated),
+        *_checkpoint_forms(
+            config, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, placed), shards, replicated
+        ),
     )
 
 
@@ -178,12 +180,8 @@ def _checkpoint_forms(
         lambda state: state._replace(optimizer_state=whole(state.optimizer_state)),
         lambda state: state._replace(optimizer_state=shared(state.optimizer_state)),
         state,
-        state._replace(optimizer_state=jax.tree.map(lambda leaf: _at(leaf, replicated), alone)),
+        state._replace(optimizer_state=jax.tree.map(lambda leaf: leaf.update(sharding=replicated), alone)),
     )
-
-
-def _at(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _mean_of_scalars[Tree](tree: Tree) -> Tree:

@@ -100,7 +100,6 @@ class JaxSide:
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         self._state = None
-        shapes = jax.eval_shape(self.program.init).params
 
         def take(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> Array:
             value = weights[_name(path)]
@@ -108,7 +107,7 @@ class JaxSide:
                 raise ValueError(f"{_name(path)}: weights of shape {value.shape}, model of shape {leaf.shape}")
             return jax.device_put(value.astype(leaf.dtype), replicate(self.mesh))
 
-        params = jax.tree.map_with_path(take, shapes)
+        params = jax.tree.map_with_path(take, self.program.state.params)
         state = TrainState(params, self.optimizer.init(params), jnp.int32(0))
         self._state = jax.device_put(state, replicate(self.mesh))
 
