@@ -90,7 +90,7 @@ class RunLog:
     * `metrics.jsonl`: one object a step with step, loss, val_loss, lr, window, ms,
       tokens_per_s and mfu; null where there is no (finite) value.
     * `config.json`: configuration, versions, devices and git commit at the start.
-    * `loss.png`: drawn again at each validation.
+    * `loss.png`: drawn again at each validation after the first step.
 
     Every line is flushed at once. A step's number is how many are done: 1 after the first.
     What cannot be written any more, such as on a full disk, raises UsageError.
@@ -198,6 +198,8 @@ class RunLog:
         self._write_metrics(step, val_loss=val_loss)
         self._val_losses[step] = val_loss
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if step == 0:
+            return  # one point is no curve, and the first figure takes a second of the start
         with self._writing("loss.png") as path:
             draw_losses(path, self._losses, self._val_losses)
         # A figure is a web of cycles: left alone, those of some thirty validations wait for Python's collector.

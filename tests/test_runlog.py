@@ -161,6 +161,8 @@ def test_smoothing_is_a_centred_mean(values: list[float]) -> None:
 def test_loss_png_is_drawn_again_at_each_validation(tmp_path: Path) -> None:
     pictures = []
     with open_log(tmp_path) as log:
+        log.validation(0, val_loss=10.8, train_time_ms=0, step_avg_ms=math.nan)
+        assert not (tmp_path / "loss.png").exists()
         for first in (0, 5):
             run_steps(log, first, first + 5, validate=(first + 5,))
             pictures.append(matplotlib.image.imread(tmp_path / "loss.png"))
