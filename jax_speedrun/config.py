@@ -114,6 +114,8 @@ class Config:
         ):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}")
         if self.checkpoint_every < 0:
             raise UsageError(f"--checkpoint-every must be 0 (at the end only) or more, got {self.checkpoint_every}")
 
@@ -220,6 +222,15 @@ def from_dict(values: dict[str, Any]) -> Config:
         "optimizer": build(OptimizerConfig, values["optimizer"]),
     }
     return build(Config, {**values, **nested})
+
+
+HOST_FIELDS = frozenset({"preset", "seed", "epochs", "checkpoint_every", "validation_every", "validation_tokens"})
+"""Fields that compiled functions do not depend on, except through the shapes of their arguments."""
+
+
+def made_from(config: Config) -> str:
+    """What the compiled functions of a run come from, for the store of programs: every field but `HOST_FIELDS`."""
+    return repr({name: value for name, value in vars(config).items() if name not in HOST_FIELDS})
 
 
 RUN_FIELDS = frozenset({"preset", "attention", "kernels", "checkpoint_every", "validation_every", "validation_tokens"})

@@ -13,13 +13,13 @@ from jax.stages import Compiled
 
 from .checkpoint import Checkpoints
 from .compilation import Call, compile_together
-from .config import Config, peak_flops, to_dict
+from .config import Config, made_from, peak_flops, to_dict
 from .data import Batch, TokenBatches, prefetch
 from .distributed import SharedError, place, say
 from .kernels.block_mask import BLOCK_SIZE
 from .program_store import ProgramStore
 from .runlog import RunLog, StepClock
-from .sharding import split_sequences
+from .sharding import replicate, split_sequences
 from .step import Metrics, Params, Program, TrainState
 from .stopping import StopRequest
 
@@ -53,9 +53,9 @@ def compile_functions(
         # The longest first.
         Call(program.train_step, (program.state, sequences, sequences)),
         Call(program.evaluate, (program.state, *validation)),
-        Call(program.init, ()),
+        Call(program.init, (jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicate(mesh)),)),
         store=store,
-        made_from=repr(config),
+        made_from=made_from(config),
     )
     say(f"compiled in {time.perf_counter() - began:.1f} s")
     return Functions(init, train_step, evaluate)

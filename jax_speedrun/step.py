@@ -53,7 +53,7 @@ class Metrics(NamedTuple):
 class Program(NamedTuple):
     """The functions of a run; `N` sequences are split over the mesh.
 
-    init: () -> TrainState
+    init: seed -> TrainState; the seed below 2^32.
     train_step: (TrainState, tokens_NT, targets_NT) -> (TrainState, Metrics); the old state is donated.
     evaluate: (TrainState, tokens_NT, targets_NT, weights_N) -> weighted mean loss.
     to_checkpoint: TrainState -> the same on every device, its structure and shapes independent of how many there are.
@@ -91,11 +91,11 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             head_precision=precision,
         )
 
-    def init() -> TrainState:
-        params = nnx.to_pure_dict(nnx.state(GPT(config.model, nnx.Rngs(config.seed))))
+    def init(seed: Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(GPT(config.model, nnx.Rngs(jax.random.key(seed)))))
         return TrainState(params, optimizer.init(params), jnp.int32(0))
 
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
     specs = jax.tree.map(lambda _: everywhere, shapes)
     specs = specs._replace(optimizer_state=state_specs(shapes.optimizer_state, shards))
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -92,7 +92,7 @@ def train(
         validation = tokens, targets, weights
         functions = compile_functions(program, config, mesh, validation, store)
         if start is None:
-            state = functions.init()
+            state = functions.init(np.uint32(config.seed))
         else:
             state = program.from_checkpoint(checkpoints.restore(start, program.saved))
         clock = StepClock(**metadata.get("clock", {}))

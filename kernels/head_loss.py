@@ -219,7 +219,7 @@ def _cross_entropy(z_CV: Array, targets_C: Array) -> tuple[Array, Array]:
 
 def _operand(values: Array, precision: HeadPrecision, scale: float) -> Array:
     if precision.startswith("fp8"):
-        return (values.astype(jnp.bfloat16) * scale).astype(jnp.float8_e4m3fn)
+        return (values * scale).astype(jnp.float8_e4m3fn)
     return values.astype(precision)
 
 

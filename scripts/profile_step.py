@@ -64,7 +64,7 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
     program = make_program(config, mesh)
     start = step_of_window(args.window, config.steps, config.optimizer.window_tokens)
-    state = program.init()._replace(step=jnp.int32(start))
+    state = program.init(config.seed)._replace(step=jnp.int32(start))
     sequences = jax.device_put(next(batches), split_sequences(mesh))
     # Inside a CUDA graph kernels lose the name of what they came from.
     options = {"xla_gpu_enable_command_buffer": ""} if mesh.devices.flat[0].platform == "gpu" else {}

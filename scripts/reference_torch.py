@@ -155,8 +155,8 @@ def fp8_supported(device: torch.device) -> bool:
 # Compiled on their own, since to the compiled model around them a custom op is opaque.
 @torch.compile(dynamic=False)
 def _fp8_product(x_TD: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x8_TD = (x_TD.bfloat16() * X_SCALE).to(torch.float8_e4m3fn)
-    w8_VD = (w_VD.bfloat16() * W_SCALE).to(torch.float8_e4m3fn)
+    x8_TD = (x_TD * X_SCALE).to(torch.float8_e4m3fn)
+    w8_VD = (w_VD * W_SCALE).to(torch.float8_e4m3fn)
     z_TV = torch._scaled_mm(
         x8_TD,
         w8_VD.t(),

@@ -63,9 +63,9 @@ def test_a_step_comes_back_with_its_trees_its_places_and_its_donation(tmp_path):
     tokens = jax.device_put(np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 7, split_sequences(mesh))
     results = []
     for _ in range(2):
-        calls = Call(program.train_step, (program.state, tokens, tokens)), Call(program.init, ())
+        calls = Call(program.train_step, (program.state, tokens, tokens)), Call(program.init, (jnp.uint32(0),))
         step, init = compile_together(*calls, store=store)
-        state = init()
+        state = init(jnp.uint32(0))
         results.append(step(state, tokens, tokens))
         assert state.params["head"].is_deleted()
     assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])

@@ -111,7 +111,7 @@ def test_bad_options(option, arguments):
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = dataclasses.replace(CONFIG, sequences=1)
-    state = make_program(config, make_mesh(1, 1)).init()
+    state = make_program(config, make_mesh(1, 1)).init(config.seed)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(7, state, {"config": to_dict(config)})
     return folder

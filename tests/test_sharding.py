@@ -251,7 +251,7 @@ def small_program(devices: int) -> Program:
 
 
 def losses(program: Program, batches: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    state, seen = program.init(), []
+    state, seen = program.init(0), []
     for batch in batches:
         state, metrics = program.train_step(state, *batch)
         seen.append(metrics.loss)
@@ -274,19 +274,19 @@ def test_checkpoints_fit_any_number_of_devices():
     """2 -> 8 -> 1 devices, between them as on disk: every number of devices has the same arrays, bit for bit."""
     batches = small_batches(4)
     program = small_program(2)
-    state = program.init()
+    state = program.init(0)
     for batch in batches[:2]:
         state, _ = program.train_step(state, *batch)
     saved = program.to_checkpoint(state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), saved) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), jax.eval_shape(small_program(1).init)
+        lambda x: (x.shape, x.dtype), jax.eval_shape(small_program(1).init, 0)
     )
     for devices in (8, 1):
         program = small_program(devices)
         on_disk = jax.tree.map(np.asarray, saved)
         whole = jax.tree.map(lambda x, d=devices: jax.device_put(x, replicate(mesh_of(d))), on_disk)
         state = program.from_checkpoint(whole)
-        for leaf, fresh in zip(jax.tree.leaves(state), jax.tree.leaves(program.init()), strict=True):
+        for leaf, fresh in zip(jax.tree.leaves(state), jax.tree.leaves(program.init(0)), strict=True):
             assert leaf.sharding == fresh.sharding
         saved = program.to_checkpoint(state)
         jax.tree.map(np.testing.assert_array_equal, saved, on_disk)
@@ -298,7 +298,7 @@ def test_checkpoints_fit_any_number_of_devices():
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_a_program_knows_what_a_state_and_a_checkpoint_of_it_look_like(devices):
     program = small_program(devices)
-    state = program.init()
+    state = program.init(0)
     for arrays, known in ((state, program.state), (program.to_checkpoint(state), program.saved)):
         assert jax.tree.structure(arrays) == jax.tree.structure(known)
         for array, leaf in zip(*map(jax.tree.leaves, (arrays, known)), strict=True):

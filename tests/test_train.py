@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 from jax_speedrun import checkpoint
-from jax_speedrun.config import Config, ModelConfig, OptimizerConfig, from_dict, recipe_differences, resolve, to_dict
+from jax_speedrun.config import (
+    HOST_FIELDS,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    from_dict,
+    made_from,
+    recipe_differences,
+    resolve,
+    to_dict,
+)
 from jax_speedrun.data import write_shard
 from jax_speedrun.loop import DivergedError, Loop
 from jax_speedrun.program_store import ProgramStore
@@ -194,6 +204,27 @@ class TestResume:
         assert recipe_differences(saved, other) == ["steps (20 -> 30)", "model.width (16 -> 32)"]
 
 
+def test_programs_are_kept_by_what_they_come_from():
+    """Runs that differ only in what the host reads share their programs, and no others do."""
+
+    def text(config):
+        program = make_program(config, make_mesh(1, 8))
+        shape = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+        return [
+            program.train_step.lower(program.state, shape, shape).as_text(),
+            program.init.lower(jax.ShapeDtypeStruct((), jnp.uint32)).as_text(),
+        ]
+
+    other = dict(preset="other", seed=7, epochs=3, checkpoint_every=2, validation_every=9, validation_tokens=512)
+    assert other.keys() == HOST_FIELDS
+    changed = dataclasses.replace(CONFIG, **other)
+    assert made_from(changed) == made_from(CONFIG)
+    assert text(changed) == text(CONFIG)
+    for name, value in vars(CONFIG).items():
+        assert name in HOST_FIELDS or repr(value) in made_from(CONFIG)
+    assert made_from(dataclasses.replace(CONFIG, steps=30)) != made_from(CONFIG)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
     from jax_speedrun import train as module
 
@@ -228,7 +259,7 @@ def test_the_step_is_donated_and_pure(data):
     mesh = make_mesh(1, 8)
     program = make_program(CONFIG, mesh)
     shape = jax.ShapeDtypeStruct((8, 256), jnp.int32)
-    state = jax.eval_shape(program.init)
+    state = jax.eval_shape(program.init, 0)
     lowered = program.train_step.lower(state, shape, shape)
     donated = [info.donated for info in jax.tree.leaves(lowered.args_info[0][0])]
     assert all(donated)
@@ -244,7 +275,8 @@ def test_profile_leaves_a_trace_and_the_losses_as_they_are(data, reference_run, 
 def test_a_later_run_finds_its_programs_compiled(data, tmp_path, monkeypatch):
     (tmp_path / "programs").mkdir()
     store = ProgramStore(tmp_path / "programs", jax.devices()[:1])
-    config = dataclasses.replace(CONFIG, steps=17, seed=5)  # which no other test has compiled
+    # Of a size that no other test has compiled.
+    config = dataclasses.replace(CONFIG, steps=17, model=dataclasses.replace(CONFIG.model, mlp_width=40))
     run(config, 1, data, tmp_path / "first", store=store)
     assert len(list(store.folder.glob("*.program"))) == 3
 
@@ -254,6 +286,8 @@ def test_a_later_run_finds_its_programs_compiled(data, tmp_path, monkeypatch):
     monkeypatch.setattr("jax_speedrun.compilation.kernel_calls", lowered)
     run(config, 1, data, tmp_path / "second", store=store)
     assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    run(dataclasses.replace(config, seed=5), 1, data, tmp_path / "another seed", store=store)
+    assert losses(tmp_path / "another seed") != losses(tmp_path / "first")
     with pytest.raises(AssertionError, match="lowered again"):
         run(dataclasses.replace(config, steps=16), 1, data, tmp_path / "other", store=store)
 
@@ -309,6 +343,10 @@ class TestBadInput:
         self.check(
             capsys, tmp_path, "--preset", "tiny", "--sequence-length", 1000, mentions=["--sequence-length", "128"]
         )
+
+    @pytest.mark.parametrize("seed", [-1, 2**32])
+    def test_a_seed_that_is_none(self, capsys, tmp_path, seed):
+        self.check(capsys, tmp_path, "--preset", "tiny", "--seed", seed, mentions=["--seed", "4294967295"])
 
     def test_unknown_preset(self, capsys, tmp_path):
         self.check(capsys, tmp_path, "--preset", "huge", mentions=["--preset huge", "tiny", "eighth", "sub3min"])

@@ -16,7 +16,7 @@ from jax import Array
 from jax.stages import Compiled, Wrapped
 
 from ..compilation import Call, compile_together
-from ..config import from_dict, peak_flops, resolve
+from ..config import from_dict, made_from, peak_flops, resolve
 from ..kernels.attention import block_sparse_attention
 from ..kernels.block_mask import long_short_masks
 from ..kernels.head_loss import fp8_supported, head_loss
@@ -44,6 +44,7 @@ class JaxSide:
         self.graph = model_graph(self.config.model)
         self.optimizer = recipe_optimizer(self.config.optimizer, self.config.steps)
         self.program = make_program(self.config, self.mesh)
+        self._seed = jax.device_put(np.uint32(self.config.seed), replicate(self.mesh))
         self._state: TrainState | None = None
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self._compiled: dict[Wrapped, Compiled] = {}
@@ -54,7 +55,7 @@ class JaxSide:
     @property
     def state(self) -> TrainState:
         if self._state is None:
-            self._state = self._call(self.program.init)
+            self._state = self._call(self.program.init, self._seed)
         return self._state
 
     def describe(self) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class JaxSide:
                 gradient = Call(self._value_and_grad, (self.program.state.params, tokens_T, tokens_T, window))
                 return [step, gradient]
             case "measure" if "step" in job["parts"]:
-                return [step, Call(self.program.init, ())]
+                return [step, Call(self.program.init, (self._seed,))]
         return []
 
     def _call(self, function: Wrapped, *arguments: Any) -> Any:
@@ -163,7 +164,7 @@ class JaxSide:
         if function not in self._compiled:
             calls = {call.function: call for call in (*self._ahead, Call(function, arguments))}
             self._ahead = []
-            programs = compile_together(*calls.values(), store=self._store, made_from=repr(self.config))
+            programs = compile_together(*calls.values(), store=self._store, made_from=made_from(self.config))
             self._compiled.update(zip(calls, programs, strict=True))
         return self._compiled[function](*arguments)
 
