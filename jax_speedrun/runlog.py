@@ -198,12 +198,8 @@ class RunLog:
         self._write_metrics(step, val_loss=val_loss)
         self._val_losses[step] = val_loss
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if step == 0:
-            return  # one point is no curve, and the first figure takes a second of the start
-        with self._writing("loss.png") as path:
-            draw_losses(path, self._losses, self._val_losses)
-        # A figure is a web of cycles: left alone, those of some thirty validations wait for Python's collector.
-        gc.collect()
+        if step > 0:  # one point is no curve, and the first figure takes a second of the start
+            self._draw()
 
     def close(self) -> None:
         # Stopping what was never started prints an empty line.
@@ -219,6 +215,12 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _draw(self) -> None:
+        with self._writing("loss.png") as path:
+            draw_losses(path, self._losses, self._val_losses)
+        # A figure is a web of cycles: left alone, those of some thirty validations wait for Python's collector.
+        gc.collect()
 
     def _write_log(self, line: str) -> None:
         with self._writing("log.txt"):

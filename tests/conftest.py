@@ -13,7 +13,9 @@ from hypothesis import settings
 
 # XLA ends a process whose devices wait 40 s for each other. Eight of them on two busy cores may.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
+# Tests wait for the compiler more than for what it makes.
+QUICK = "--xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = f"{QUICK} {PATIENCE} {os.environ.get('XLA_FLAGS', '')}".strip()
 # A shell's background jobs ignore SIGINT, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Neither what the user has compiled decides a test, nor an earlier run of the tests.

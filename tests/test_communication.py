@@ -41,7 +41,7 @@ def text(lowered: jax.stages.Lowered) -> str:
 def compiled_step(config: Config, devices: int) -> str:
     program = make_program(config, mesh_of(devices))
     sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32)
-    return text(program.train_step.lower(jax.eval_shape(program.init), sequences, sequences))
+    return text(program.train_step.lower(jax.eval_shape(program.init, 0), sequences, sequences))
 
 
 def collectives(hlo: str, devices: int) -> dict[str, Sent]:

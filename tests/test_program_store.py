@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_speedrun import program_store
 from jax_speedrun.compilation import Call, compile_together
-from jax_speedrun.config import PRESETS
 from jax_speedrun.program_store import KEPT, ProgramStore, store_for
 from jax_speedrun.sharding import make_mesh, replicate, split_sequences
 from jax_speedrun.step import make_program
+from tests.small_run import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_only_what_is_missing_is_compiled(store):
 
 
 def test_a_step_comes_back_with_its_trees_its_places_and_its_donation(tmp_path):
-    config = PRESETS["tiny"]
+    config = SMALL
     mesh = make_mesh(2, config.sequences)
     store = ProgramStore(tmp_path, mesh.devices.flat)
     program = make_program(config, mesh)

@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     checkpoint = min(checkpoint, killed_at)
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(runlog, "draw_losses", lambda *_: None)
+    monkeypatch.setattr(RunLog, "_draw", lambda *_: None)
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
     validate = (0, STEPS)
     with open_log(whole) as log:
