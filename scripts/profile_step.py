@@ -8,22 +8,24 @@ The trace stays in --out: open it with xprof or Perfetto.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jax_speedrun.comparison.worker import step_of_window
+from jax_speedrun.compilation import Call, compile_together
 from jax_speedrun.config import PRESETS, Config, Kernels, resolve
 from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
 from jax_speedrun.profiling import PARTS, Kernel, Part, attribute, exposed_communication, instruction_parts, kernels
-from jax_speedrun.sharding import make_mesh, split_sequences
+from jax_speedrun.sharding import make_mesh, replicate, split_sequences
 from jax_speedrun.step import make_program
 
 
@@ -64,11 +66,13 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
     program = make_program(config, mesh)
     start = step_of_window(args.window, config.steps, config.optimizer.window_tokens)
-    state = program.init(config.seed)._replace(step=jnp.int32(start))
     sequences = jax.device_put(next(batches), split_sequences(mesh))
-    # Inside a CUDA graph kernels lose the name of what they came from.
-    options = {"xla_gpu_enable_command_buffer": ""} if mesh.devices.flat[0].platform == "gpu" else {}
-    step = program.train_step.lower(state, *sequences).compile(compiler_options=options)
+    seed = jax.device_put(np.uint32(config.seed), replicate(mesh))
+    step, init = compile_together(
+        Call(program.train_step, (program.state, *sequences)),
+        Call(program.init, (seed,)),
+    )
+    state = init(seed)._replace(step=jax.device_put(np.int32(start), replicate(mesh)))
     hlo = step.as_text() or ""
     (out / "step.hlo").write_text(hlo)
     for _ in range(3):
@@ -103,4 +107,6 @@ def show(parts: dict[Part, list[Kernel]], kernels_shown: int, *, bounds: bool) -
 
 
 if __name__ == "__main__":
+    # Before JAX starts: inside a CUDA graph kernels lose the name of what they came from.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     sys.exit(main())
