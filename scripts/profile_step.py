@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="eighth")
     p.add_argument("--data", type=Path, default=TINY_DATA, metavar="DIR", help="default: the text in the package")
-    p.add_argument("--window", type=int, default=7, metavar="N", help="long attention window, in blocks (default 7)")
+    p.add_argument("--window", type=int, metavar="N", help="long attention window, in blocks (default: halfway's)")
     p.add_argument("--steps", type=int, default=10, metavar="N", help="steps to profile (default 10)")
     p.add_argument("--sequence-length", type=int, metavar="T", help="default: the preset's")
     p.add_argument("--mesh", type=int, metavar="N", help="devices")
@@ -65,7 +65,7 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     config = resolve(config, mesh.devices.flat[0])
     batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
     program = make_program(config, mesh)
-    start = step_of_window(args.window, config.steps, config.optimizer.window_tokens)
+    start = _start(args.window, config)
     sequences = jax.device_put(next(batches), split_sequences(mesh))
     seed = jax.device_put(np.uint32(config.seed), replicate(mesh))
     step, init = compile_together(
@@ -92,6 +92,16 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     text = json.dumps({part.name: [kernel._asdict() for kernel in members] for part, members in parts.items()})
     (out / "parts.json").write_text(text + "\n")
     return parts
+
+
+def _start(window: int | None, config: Config) -> int:
+    """The first step of the run that has such a window; the one halfway for None."""
+    if window is None:
+        return config.steps // 2
+    try:
+        return step_of_window(window, config.steps, config.optimizer.window_tokens)
+    except ValueError as error:
+        raise UsageError(f"--window {window}: {error}") from None
 
 
 def show(parts: dict[Part, list[Kernel]], kernels_shown: int, *, bounds: bool) -> None:
