@@ -247,7 +247,7 @@ def test_fp8_head_stays_near_float32_and_chunks_change_nothing(reference):
         close(run("fp8", chunks=4), fp8, 1e-5)
         for got, exact in zip(reference._fp8_product(x_TD, w_VD)[1:], (2 * x_TD, 32 * w_VD), strict=True):
             rounded_once = exact.detach().float().numpy().astype(ml_dtypes.float8_e4m3fn)
-            np.testing.assert_array_equal(got.float().numpy(), rounded_once.astype(np.float32))
+            np.testing.assert_array_equal(got.detach().float().numpy(), rounded_once.astype(np.float32))
 
 
 def test_training_steps_lower_the_loss_and_read_schedules(reference):
