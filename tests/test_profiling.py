@@ -115,7 +115,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     small = dataclasses.replace(PRESETS["tiny"], model=model, sequences=1, sequence_length=256, attention="reference")
     monkeypatch.setitem(PRESETS, "tiny", small)
     script = load_script("profile_step")
-    arguments = ["--preset", "tiny", "--steps", "2", "--mesh", "1", "--out", str(tmp_path / "p")]
+    arguments = ["--preset", "tiny", "--window", "2", "--steps", "2", "--mesh", "1", "--out", str(tmp_path / "p")]
     assert script.main(arguments) == 0
     printed = capsys.readouterr().out
     assert all(part.name.split(",")[0] in printed for part in PARTS)
@@ -124,7 +124,10 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert saved["optimisers"]
     assert sum(kernel["ms"] for kernel in saved["not attributed"]) == 0
     assert script.main(["--preset", "tiny", "--window", "99"]) == 2
-    assert "--window 99: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--window 99: " in error
+    assert "window of 99" in error
+    assert script._start(None, small) == 12  # of 24 steps
 
 
 def test_exposed_communication_is_what_runs_alone(monkeypatch):

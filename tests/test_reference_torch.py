@@ -245,8 +245,8 @@ def test_fp8_head_stays_near_float32_and_chunks_change_nothing(reference):
         fp8 = run("fp8")
         close(fp8, exact, 0.08)
         close(run("fp8", chunks=4), fp8, 1e-5)
-        for got, exact in zip(reference._fp8_product(x_TD, w_VD)[1:], (2 * x_TD, 32 * w_VD), strict=True):
-            rounded_once = exact.detach().float().numpy().astype(ml_dtypes.float8_e4m3fn)
+        for got, scaled in zip(reference._fp8_product(x_TD, w_VD)[1:], (2 * x_TD, 32 * w_VD), strict=True):
+            rounded_once = scaled.detach().float().numpy().astype(ml_dtypes.float8_e4m3fn)
             np.testing.assert_array_equal(got.detach().float().numpy(), rounded_once.astype(np.float32))
 
 
