@@ -78,7 +78,7 @@ def head_loss(
 
     Returns:
       A float32 scalar. Differentiable in `x_TD` and `head_VD`. Inside `shard_map`, switch off
-      `check_vma` for `fast`: Pallas' GPU kernels do not carry it.
+      `check_vma`: neither Pallas' GPU kernels nor the sums over chunks carry it.
 
     Raises:
       ValueError: if `fast` does not support the precision or a size.
@@ -247,23 +247,19 @@ def _dot(
     """Product of operands already rounded, in `dtype`; a's second axis against `axis` of b.
 
     Tensor cores add FP8 products up in 14 bits or so. Without `fast_accumulation` these sums go to float32 every few
-    products. Only an algorithm asked for by name is sure to do so: with a precision alone, XLA may choose a kernel of
-    Triton's, where it leaves the switch on whatever the precision.
+    products: a word's gradient is one large term for each time it is the target, and tens of thousands of small ones
+    which 14 bits would lose. cuBLASLt does so where the highest precision is asked for. By its name
+    (`DotAlgorithmPreset.ANY_F8_ANY_F8_F32`) it cannot be asked for: that name is lost where XLA partitions a program
+    for several devices (jax 0.11.2), and sums are fast again.
     """
     a, b = _multiplicands(a, b, precision)
-
-    def dot(algorithm: lax.DotAlgorithmPreset | str | None) -> Callable[[Array, Array], Array]:
-        dimensions = (((1,), (axis,)), ((), ()))
-        return functools.partial(
-            lax.dot_general, dimension_numbers=dimensions, precision=algorithm, preferred_element_type=dtype
-        )
-
-    anywhere = dot(None if fast_accumulation and precision != "float32" else "highest")
-    if precision != "fp8":
-        return anywhere(a, b)
-    preset = lax.DotAlgorithmPreset
-    on_cuda = dot(preset.ANY_F8_ANY_F8_F32_FAST_ACCUM if fast_accumulation else preset.ANY_F8_ANY_F8_F32)
-    return lax.platform_dependent(a, b, cuda=on_cuda, default=anywhere)
+    return lax.dot_general(
+        a,
+        b,
+        dimension_numbers=(((1,), (axis,)), ((), ())),
+        precision=None if fast_accumulation and precision != "float32" else "highest",
+        preferred_element_type=dtype,
+    )
 
 
 def _multiplicands(a: Array, b: Array, precision: HeadPrecision) -> tuple[Array, Array]:

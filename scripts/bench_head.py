@@ -29,6 +29,7 @@ from jax_speedrun.kernels.head_hopper import unsupported_shape
 from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
 from jax_speedrun.kernels.paths import KernelPath
+from jax_speedrun.sharding import compiler_options, make_mesh
 from jax_speedrun.timing import milliseconds
 
 INTERPRET = jax.default_backend() != "gpu"
@@ -40,6 +41,8 @@ WHOLE: dict[KernelPath, tuple[str, ...]] = {  # path: its parts
     "plain": ("logits, cuBLASLt", "middle, XLA", "dx, cuBLASLt", "dW, cuBLASLt"),
     "fast": ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt"),
 }
+
+compiled = functools.partial(jax.jit, compiler_options=compiler_options(make_mesh(1, 1)))  # as in a step
 
 type Timed = dict[str, tuple[Callable[[], Any], float]]  # name: (call, predicted seconds a token)
 
@@ -68,7 +71,7 @@ def whole(precision: head.HeadPrecision, implementation: KernelPath, chunk: int)
     def loss(x: Array, w: Array, targets: Array) -> Array:
         return head.head_loss(x, w, targets, precision, implementation, chunk_tokens=chunk, interpret=interpret)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return compiled(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 def errors(tokens: int, vocabulary: int, width: int) -> dict[str, list[float]]:
@@ -114,13 +117,13 @@ def xla_recomputed_middle(z: Array, targets: Array) -> tuple[Array, Array]:
 def parts(chunk: int, vocabulary: int, width: int) -> Timed:
     x, w, targets = inputs(chunk, vocabulary, width)
     x8, w8 = head._operand(x, "fp8", head.X_SCALE), head._operand(w, "fp8", head.W_SCALE)
-    product = jax.jit(functools.partial(head._logits, precision="fp8"))
+    product = compiled(functools.partial(head._logits, precision="fp8"))
     unscale = 1 / (head.X_SCALE * head.W_SCALE)
-    kernel = jax.jit(functools.partial(logits_and_totals, unscale=unscale, interpret=INTERPRET))
-    step = jax.jit(functools.partial(logit_gradient, interpret=INTERPRET))
-    gradient = jax.jit(functools.partial(head._gradient_dot, precision="fp8", dtype=jnp.bfloat16))
-    add = jax.jit(lambda total, a, b: total + head._gradient_dot(a, b, "fp8", jnp.float32), donate_argnums=0)
-    total, today, recomputed = jax.jit(xla_total), jax.jit(xla_middle), jax.jit(xla_recomputed_middle)
+    kernel = compiled(functools.partial(logits_and_totals, unscale=unscale, interpret=INTERPRET))
+    step = compiled(functools.partial(logit_gradient, interpret=INTERPRET))
+    gradient = compiled(functools.partial(head._gradient_dot, precision="fp8", dtype=jnp.bfloat16))
+    add = compiled(lambda total, a, b: total + head._gradient_dot(a, b, "fp8", jnp.float32), donate_argnums=0)
+    total, today, recomputed = compiled(xla_total), compiled(xla_middle), compiled(xla_recomputed_middle)
     z = product(x8, w8)
     log2_total, (_, d_z, d_z_turned) = total(z), today(z, targets)
     d_head = [jnp.zeros((vocabulary, width))]

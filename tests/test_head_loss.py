@@ -150,19 +150,40 @@ def test_full_logits_never_exist():
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
-def test_gradients_name_their_accumulation(implementation):
-    """A precision alone does not keep XLA from a kernel that sums up in 14 bits."""
+def test_only_gradients_ask_for_sums_in_float32(implementation):
+    """By precision: an algorithm's name, which says more, does not survive several devices."""
     shapes = (256, 256), (640, 256), (256,)
     arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)]
     gradient = jax.jit(jax.grad(lambda *a: head_loss(*a, "fp8", implementation, chunk_tokens=256), argnums=(0, 1)))
     text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f8E" in line]
-    imprecise = ["allow_imprecise_accumulation = true" in line for line in products]
     of_gradients = ["f8E5M2" in line for line in products]
     assert of_gradients.count(True) == 2
-    assert all("accumulation_type = f32" in line for line in products)
-    assert imprecise == [not gradient for gradient in of_gradients]
-    assert imprecise.count(True) == (implementation == "plain")  # the fast path's logits are its kernel's
+    assert of_gradients.count(False) == (implementation == "plain")  # the fast path's logits are its kernel's
+    assert ["precision = [HIGHEST, HIGHEST]" in line for line in products] == of_gradients
+    assert not any("algorithm" in line for line in products)
+
+
+def test_sums_in_float32_on_several_devices(tmp_path):
+    """XLA's passes for several devices write every product anew. What they lose, no later pass knows."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def local_loss(*args):
+        return jax.lax.pmean(head_loss(*args, "fp8"), "data")
+
+    def loss(*args):
+        specs = (P("data"), P(), P("data"))
+        return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*args)
+
+    shapes = (256, 128), (384, 128), (256,)
+    arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)]
+    jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arrays).compile(
+        {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd.*"}
+    )
+    (partitioned,) = tmp_path.glob("*after_spmd-partitioning*")
+    products = [line for line in partitioned.read_text().splitlines() if " dot(" in line]
+    assert len(products) == 3
+    assert ["operand_precision={highest,highest}" in line for line in products].count(True) == 2
 
 
 def test_a_cpu_has_no_fp8_units():

@@ -23,7 +23,7 @@ from ..kernels.head_loss import fp8_supported, head_loss
 from ..model import ATTENTION_SCALE, GPT, model_graph
 from ..optimizer import recipe_optimizer
 from ..program_store import store_for
-from ..sharding import make_mesh, replicate, split_sequences
+from ..sharding import compiler_options, make_mesh, replicate, split_sequences
 from ..step import Params, TrainState, make_program
 
 
@@ -46,7 +46,9 @@ class JaxSide:
         self.program = make_program(self.config, self.mesh)
         self._seed = jax.device_put(np.uint32(self.config.seed), replicate(self.mesh))
         self._state: TrainState | None = None
-        self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
+        # Parts of the step are compiled as the step is.
+        self._jit = functools.partial(jax.jit, compiler_options=compiler_options(self.mesh))
+        self._value_and_grad = self._jit(jax.value_and_grad(self._loss))
         self._compiled: dict[Wrapped, Compiled] = {}
         self._ahead = self._needed(job)
         cache = jax.config.jax_compilation_cache_dir
@@ -183,9 +185,9 @@ class JaxSide:
         q, k, v, d_y = (self._normal(shape, seed) for seed in range(4))
         attend = functools.partial(block_sparse_attention, scale=ATTENTION_SCALE, implementation=self.config.attention)
         if part == "attention_forward":
-            return functools.partial(jax.jit(attend), q, k, v, mask)
+            return functools.partial(self._jit(attend), q, k, v, mask)
 
-        @jax.jit
+        @self._jit
         def both(q: Array, k: Array, v: Array, d_y: Array) -> tuple[Array, tuple[Array, ...]]:
             y, backward = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
             return y, backward(d_y)
@@ -195,14 +197,14 @@ class JaxSide:
     def _head(self, targets_T: Array) -> Callable[[], object]:
         model = self.config.model
         x_TD = self._normal((targets_T.shape[0], model.width), 0)
-        gradient = jax.jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=(3, 4))
+        gradient = self._jit(jax.value_and_grad(head_loss, argnums=(0, 1)), static_argnums=(3, 4))
         head_VD, kernels = self.state.params["head"], self.config.kernel_path
         return functools.partial(gradient, x_TD, head_VD, targets_T, model.head_precision, kernels)
 
     def _optimizer(self) -> Callable[[], object]:
         gradient = jax.tree.map(lambda p: p.astype(jnp.float32) + 0.0, self.state.params)
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        @functools.partial(self._jit, donate_argnums=0)
         def update(state: TrainState, gradient: Params) -> TrainState:
             updates, optimizer_state = self.optimizer.update(gradient, state.optimizer_state, state.params)
             return state._replace(params=optax.apply_updates(state.params, updates), optimizer_state=optimizer_state)
