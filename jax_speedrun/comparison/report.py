@@ -128,12 +128,16 @@ def table(summary: dict[str, Any], title: str) -> Table:
             if entry[key] is not None:
                 add(label, entry["window"], {name: f"{entry[key][name]:.1%}" for name in FRAMEWORKS})
     result.add_section()
-    frameworks = summary["frameworks"]
-    for kind in ("cold", "warm"):
-        values = {name: _or_dash(frameworks[name]["first_step_s"][kind], "{:.1f} s") for name in FRAMEWORKS}
-        add(f"start to end of first step, caches {kind}", None, values)
-    peaks = {name: frameworks[name]["peak_bytes"] for name in FRAMEWORKS}
-    add("peak memory", None, {name: _or_dash(b and b / 2**30, "{:.1f} GiB") for name, b in peaks.items()})
+    known = {name: summary["frameworks"][name] for name in FRAMEWORKS}
+    seconds = {kind: {name: of["first_step_s"][kind] for name, of in known.items()} for kind in ("cold", "warm")}
+    gigabytes = {name: of["peak_bytes"] and of["peak_bytes"] / 2**30 for name, of in known.items()}
+    for label, form, numbers in (
+        ("start to end of first step, caches cold", "{:.1f} s", seconds["cold"]),
+        ("start to end of first step, caches warm", "{:.1f} s", seconds["warm"]),
+        ("peak memory", "{:.1f} GiB", gigabytes),
+    ):
+        if any(numbers.values()):  # without the full step among the parts nobody looked
+            add(label, None, {name: _or_dash(number, form) for name, number in numbers.items()})
     return result
 
 
