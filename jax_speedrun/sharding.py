@@ -99,11 +99,12 @@ def shards_of(mesh: Mesh) -> Shards | None:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-    """XLA's options for a step, where the backend knows them: what adds to matmuls, and overlaps communication."""
+    """XLA's options for a step, where the backend knows them: what matmuls become, and overlaps communication."""
     if mesh.devices.flat[0].platform != "gpu":
         return None
     # By default XLA gives every matmul to Triton, in the end finds cuBLAS faster for most, and has left the sums around
-    # them as passes of their own. This leaves plain matmuls to cuBLAS from the start, which adds while it multiplies.
+    # them as passes of their own. This leaves plain matmuls to cuBLAS from the start, which adds while it multiplies,
+    # and sums FP8 products as coarsely or exactly as it is told: Triton's kernels do not look.
     options: dict[str, bool | int] = {"xla_gpu_triton_gemm_any": False}
     if mesh.size > 1:
         options["xla_gpu_enable_latency_hiding_scheduler"] = True

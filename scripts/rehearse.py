@@ -105,9 +105,15 @@ def same_losses(rehearsal: Rehearsal) -> bool:
         [record["loss"] for record in metrics(folder) if record["loss"] is not None]
         for folder in (rehearsal.jax("losses-1", 50, 1), rehearsal.jax(f"losses-{rehearsal.devices}", 50))
     )
-    worst = max(abs(a / b - 1) for a, b in zip(all_, one, strict=True))
-    print(f"losses of 50 steps on {rehearsal.devices} GPU(s) and on 1: largest relative difference {worst:.1e}")
-    return worst <= SAME_LOSS
+    differences = [abs(a / b - 1) for a, b in zip(all_, one, strict=True)]
+    print(
+        f"losses of {len(one)} steps on {rehearsal.devices} GPU(s) and on 1: "
+        f"largest relative difference {max(differences):.1e}"
+    )
+    apart = [step for step, difference in enumerate(differences, 1) if not difference <= SAME_LOSS]
+    if apart:
+        print(f"more than {SAME_LOSS:.0e} at step(s) {', '.join(map(str, apart))}")
+    return not apart
 
 
 def main(arguments: list[str] | None = None) -> int:

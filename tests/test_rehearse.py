@@ -71,8 +71,15 @@ def test_all_parts(rehearse, tmp_path, capfd):
     assert main("--mesh", "2", "--parts", "losses") == 0
 
 
-def test_losses_that_differ_fail(rehearse):
-    assert rehearse(0.1)("--mesh", "2", "--parts", "losses") == 1
+def test_losses_that_differ_fail(rehearse, capfd):
+    assert rehearse(7e-3)("--mesh", "2", "--parts", "losses") == 1  # of losses from 9.9 down to 5
+    said = capfd.readouterr().out
+    assert "losses of 50 steps on 2 GPU(s) and on 1: largest relative difference 1.4e-03" in said
+    assert f"more than 1e-03 at step(s) {', '.join(map(str, range(31, 51)))}" in said
+
+
+def test_a_loss_that_is_no_number_fails(rehearse):
+    assert rehearse("float('nan')")("--mesh", "2", "--parts", "losses") == 1
 
 
 def test_a_run_that_fails_is_named(rehearse, tmp_path, capfd):
