@@ -99,7 +99,7 @@ def shards_of(mesh: Mesh) -> Shards | None:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-    """XLA's options for a step, where the backend knows them: what matmuls become, and overlaps communication."""
+    """XLA's options for a step, where the backend knows them: how matmuls are made, and what overlaps."""
     if mesh.devices.flat[0].platform != "gpu":
         return None
     # By default XLA gives every matmul to Triton, in the end finds cuBLAS faster for most, and has left the sums around
