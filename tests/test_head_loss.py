@@ -150,6 +150,7 @@ def test_full_logits_never_exist():
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
+@jax.default_matmul_precision("default")  # whatever another test has left
 def test_only_gradients_ask_for_sums_in_float32(implementation):
     """By precision: an algorithm's name, which says more, does not survive several devices."""
     shapes = (256, 256), (640, 256), (256,)
@@ -164,6 +165,7 @@ def test_only_gradients_ask_for_sums_in_float32(implementation):
     assert not any("algorithm" in line for line in products)
 
 
+@jax.default_matmul_precision("default")
 def test_sums_in_float32_on_several_devices(tmp_path):
     """XLA's passes for several devices write every product anew. What they lose, no later pass knows."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
