@@ -23,7 +23,7 @@ COLLECTIVE_MS = 0.02
 """Assumed: what starting a collective costs before its first byte moves."""
 HOP_MS = 0.003
 """Assumed: what each further device of a ring adds to that."""
-STEP_MS = 94.1
+STEP_MS = 91.6
 """Measured: `eighth` on one H100, a sequence of 65,536 tokens and the whole optimiser, mean over the windows of a run
 (docs/performance.md, 2026-11-25)."""
 NEWTON_SCHULZ_MS = 3.5
