@@ -1,7 +1,7 @@
 """Where the time of a training step goes: `python scripts/profile_step.py --preset eighth --data DIR`.
 
 Profiles some steps and gives every kernel's time to a part of the step, beside the
-floor and the target of that part (for one sequence of 65,536 tokens on an H100).
+floor and the target of that part (for sequences of 65,536 tokens on an H100).
 The trace stays in --out: open it with xprof or Perfetto.
 """
 
@@ -52,15 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             out = args.out or Path(scratch)
             out.mkdir(parents=True, exist_ok=True)
-            show(profile(config, args, out), args.kernels_shown, bounds=config.sequence_length == 65536)
+            parts, sequences = profile(config, args, out)
+            show(parts, args.kernels_shown, sequences if config.sequence_length == 65536 else None)
     except (UsageError, ValueError) as error:
         print(f"profile_step.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, list[Kernel]]:
-    """The kernels of `args.steps` steps by part, their times divided by the number of steps."""
+def profile(config: Config, args: argparse.Namespace, out: Path) -> tuple[dict[Part, list[Kernel]], int]:
+    """The kernels of `args.steps` steps by part, their times divided by the number of steps; a device's sequences."""
     mesh = make_mesh(args.mesh, config.sequences)
     config = resolve(config, mesh.devices.flat[0])
     batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
@@ -91,7 +92,7 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> dict[Part, l
     parts = attribute(found, parts_of)
     text = json.dumps({part.name: [kernel._asdict() for kernel in members] for part, members in parts.items()})
     (out / "parts.json").write_text(text + "\n")
-    return parts
+    return parts, config.sequences // mesh.size
 
 
 def _start(window: int | None, config: Config) -> int:
@@ -104,12 +105,15 @@ def _start(window: int | None, config: Config) -> int:
         raise UsageError(f"--window {window}: {error}") from None
 
 
-def show(parts: dict[Part, list[Kernel]], kernels_shown: int, *, bounds: bool) -> None:
+def show(parts: dict[Part, list[Kernel]], kernels_shown: int, sequences: int | None) -> None:
+    """A table, with bounds for so many sequences of 65,536 tokens, None without."""
     table = Table("part", "ms a step", "floor", "target", "longest kernels, ms")
     for part in PARTS:
         members = parts[part]
         longest = [f"{kernel.instruction or kernel.name} {kernel.ms:.2f}" for kernel in members[:kernels_shown]]
-        limits = [f"{value:g}" if bounds and value is not None else "" for value in (part.floor_ms, part.target_ms)]
+        bounds = (part.floor_ms, part.target_ms) if sequences else (None, None)
+        times = 1 if part.once_a_step else sequences or 1
+        limits = ("" if bound is None else f"{bound * times:g}" for bound in bounds)
         table.add_row(part.name, f"{sum(kernel.ms for kernel in members):.2f}", *limits, "\n".join(longest))
     table.add_section()
     table.add_row("kernels in all", f"{sum(kernel.ms for members in parts.values() for kernel in members):.2f}")

@@ -130,6 +130,16 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert script._start(None, small) == 12  # of 24 steps
 
 
+@pytest.mark.parametrize(
+    ("sequences", "attention", "optimisers"), [(1, "8 12", "8"), (4, "32 48", "8"), (None, "", "")]
+)
+def test_bounds_are_for_what_a_device_does(capsys, sequences, attention, optimisers):
+    load_script("profile_step").show({part: [] for part in PARTS}, 1, sequences)
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    bounds = {row[1]: " ".join(filter(None, row[3:5])) for row in rows}
+    assert (bounds["attention"], bounds["optimisers"]) == (attention, optimisers)
+
+
 def test_exposed_communication_is_what_runs_alone(monkeypatch):
     launches = [
         ("gpu 0", "matmul", "cublas-gemm.1", 0, 10),
