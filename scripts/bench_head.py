@@ -42,7 +42,7 @@ WHOLE: dict[KernelPath, tuple[str, ...]] = {  # path: its parts
     "fast": ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt"),
 }
 
-compiled = functools.partial(jax.jit, compiler_options=compiler_options(make_mesh(1, 1)))  # as in a step
+jit = functools.partial(jax.jit, compiler_options=compiler_options(make_mesh(1, 1)))  # as in a step
 
 type Timed = dict[str, tuple[Callable[[], Any], float]]  # name: (call, predicted seconds a token)
 
@@ -71,7 +71,7 @@ def whole(precision: head.HeadPrecision, implementation: KernelPath, chunk: int)
     def loss(x: Array, w: Array, targets: Array) -> Array:
         return head.head_loss(x, w, targets, precision, implementation, chunk_tokens=chunk, interpret=interpret)
 
-    return compiled(jax.value_and_grad(loss, argnums=(0, 1)))
+    return jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 def errors(tokens: int, vocabulary: int, width: int) -> dict[str, list[float]]:
@@ -117,13 +117,13 @@ def xla_recomputed_middle(z: Array, targets: Array) -> tuple[Array, Array]:
 def parts(chunk: int, vocabulary: int, width: int) -> Timed:
     x, w, targets = inputs(chunk, vocabulary, width)
     x8, w8 = head._operand(x, "fp8", head.X_SCALE), head._operand(w, "fp8", head.W_SCALE)
-    product = compiled(functools.partial(head._logits, precision="fp8"))
+    product = jit(functools.partial(head._logits, precision="fp8"))
     unscale = 1 / (head.X_SCALE * head.W_SCALE)
-    kernel = compiled(functools.partial(logits_and_totals, unscale=unscale, interpret=INTERPRET))
-    step = compiled(functools.partial(logit_gradient, interpret=INTERPRET))
-    gradient = compiled(functools.partial(head._gradient_dot, precision="fp8", dtype=jnp.bfloat16))
-    add = compiled(lambda total, a, b: total + head._gradient_dot(a, b, "fp8", jnp.float32), donate_argnums=0)
-    total, today, recomputed = compiled(xla_total), compiled(xla_middle), compiled(xla_recomputed_middle)
+    kernel = jit(functools.partial(logits_and_totals, unscale=unscale, interpret=INTERPRET))
+    step = jit(functools.partial(logit_gradient, interpret=INTERPRET))
+    gradient = jit(functools.partial(head._gradient_dot, precision="fp8", dtype=jnp.bfloat16))
+    add = jit(lambda total, a, b: total + head._gradient_dot(a, b, "fp8", jnp.float32), donate_argnums=0)
+    total, today, recomputed = jit(xla_total), jit(xla_middle), jit(xla_recomputed_middle)
     z = product(x8, w8)
     log2_total, (_, d_z, d_z_turned) = total(z), today(z, targets)
     d_head = [jnp.zeros((vocabulary, width))]

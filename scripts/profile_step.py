@@ -16,6 +16,7 @@ from typing import get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -52,17 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             out = args.out or Path(scratch)
             out.mkdir(parents=True, exist_ok=True)
-            parts, sequences = profile(config, args, out)
-            show(parts, args.kernels_shown, sequences if config.sequence_length == 65536 else None)
+            mesh = make_mesh(args.mesh, config.sequences)
+            parts = profile(config, mesh, args, out)
+            show(parts, args.kernels_shown, config.sequences // mesh.size if config.sequence_length == 65536 else None)
     except (UsageError, ValueError) as error:
         print(f"profile_step.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def profile(config: Config, args: argparse.Namespace, out: Path) -> tuple[dict[Part, list[Kernel]], int]:
-    """The kernels of `args.steps` steps by part, their times divided by the number of steps; a device's sequences."""
-    mesh = make_mesh(args.mesh, config.sequences)
+def profile(config: Config, mesh: Mesh, args: argparse.Namespace, out: Path) -> dict[Part, list[Kernel]]:
+    """The kernels of `args.steps` steps by part, their times divided by the number of steps."""
     config = resolve(config, mesh.devices.flat[0])
     batches = TokenBatches(find_shards(args.data, "train"), config.sequences, config.sequence_length, epochs=10**6)
     program = make_program(config, mesh)
@@ -92,7 +93,7 @@ def profile(config: Config, args: argparse.Namespace, out: Path) -> tuple[dict[P
     parts = attribute(found, parts_of)
     text = json.dumps({part.name: [kernel._asdict() for kernel in members] for part, members in parts.items()})
     (out / "parts.json").write_text(text + "\n")
-    return parts, config.sequences // mesh.size
+    return parts
 
 
 def _start(window: int | None, config: Config) -> int:
@@ -111,9 +112,9 @@ def show(parts: dict[Part, list[Kernel]], kernels_shown: int, sequences: int | N
     for part in PARTS:
         members = parts[part]
         longest = [f"{kernel.instruction or kernel.name} {kernel.ms:.2f}" for kernel in members[:kernels_shown]]
-        bounds = (part.floor_ms, part.target_ms) if sequences else (None, None)
-        times = 1 if part.once_a_step else sequences or 1
-        limits = ("" if bound is None else f"{bound * times:g}" for bound in bounds)
+        times = 1 if sequences and part.once_a_step else sequences
+        bounds = (part.floor_ms, part.target_ms)
+        limits = ("" if bound is None or times is None else f"{bound * times:g}" for bound in bounds)
         table.add_row(part.name, f"{sum(kernel.ms for kernel in members):.2f}", *limits, "\n".join(longest))
     table.add_section()
     table.add_row("kernels in all", f"{sum(kernel.ms for members in parts.values() for kernel in members):.2f}")

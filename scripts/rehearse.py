@@ -110,7 +110,7 @@ def same_losses(rehearsal: Rehearsal) -> bool:
         f"losses of {len(one)} steps on {rehearsal.devices} GPU(s) and on 1: "
         f"largest relative difference {max(differences):.1e}"
     )
-    apart = [step for step, difference in enumerate(differences, 1) if not difference <= SAME_LOSS]
+    apart = [step for step, difference in enumerate(differences, 1) if not difference <= SAME_LOSS]  # NaN is apart
     if apart:
         print(f"more than {SAME_LOSS:.0e} at step(s) {', '.join(map(str, apart))}")
     return not apart

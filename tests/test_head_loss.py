@@ -34,6 +34,25 @@ def inputs(seed=0, scale=0.3):
     return x.astype(np.float32), (scale * rng.standard_normal((V, D))).astype(np.float32), rng.integers(0, V, T)
 
 
+def abstract(x_shape, w_shape, targets_shape, x_dtype="bfloat16"):
+    """What `head_loss` takes, without values: to be traced only."""
+    shapes = (x_shape, x_dtype), (w_shape, "float32"), (targets_shape, "int32")
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def gradient_on_two_devices(local_loss):
+    """The mean of `local_loss` over two devices with their own x and targets, differentiated in x and w."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    loss = jax.shard_map(
+        lambda *args: jax.lax.pmean(local_loss(*args), "data"),
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
 def numpy_loss(x, w, targets, *, x_round=lambda a: a, w_round=lambda a: a, z_round=lambda a: a, g_round=lambda a: a):
     """Loss, dx and dw in float64, with the given roundings applied to the operands of the three matmuls."""
     x, w = x_round(x.astype(np.float64)), w_round(w.astype(np.float64))
@@ -144,17 +163,15 @@ def test_logits():
 
 
 def test_full_logits_never_exist():
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4096, D), "float32"), ((V, D), "float32"), ((4096,), "int32"))]
     gradient = jax.jit(jax.grad(lambda x, w, t: head_loss(x, w, t, "float32"), argnums=(0, 1)))
-    assert f"4096x{V}" not in gradient.lower(*shapes).as_text()
+    assert f"4096x{V}" not in gradient.lower(*abstract((4096, D), (V, D), (4096,), "float32")).as_text()
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fast"])
 @jax.default_matmul_precision("default")  # whatever another test has left
 def test_only_gradients_ask_for_sums_in_float32(implementation):
     """By precision: an algorithm's name, which says more, does not survive several devices."""
-    shapes = (256, 256), (640, 256), (256,)
-    arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)]
+    arrays = abstract((256, 256), (640, 256), (256,))
     gradient = jax.jit(jax.grad(lambda *a: head_loss(*a, "fp8", implementation, chunk_tokens=256), argnums=(0, 1)))
     text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f8E" in line]
@@ -168,18 +185,8 @@ def test_only_gradients_ask_for_sums_in_float32(implementation):
 @jax.default_matmul_precision("default")
 def test_sums_in_float32_on_several_devices(tmp_path):
     """XLA's passes for several devices write every product anew. What they lose, no later pass knows."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-
-    def local_loss(*args):
-        return jax.lax.pmean(head_loss(*args, "fp8"), "data")
-
-    def loss(*args):
-        specs = (P("data"), P(), P("data"))
-        return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*args)
-
-    shapes = (256, 128), (384, 128), (256,)
-    arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)]
-    jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arrays).compile(
+    gradient = gradient_on_two_devices(lambda *args: head_loss(*args, "fp8"))
+    gradient.lower(*abstract((256, 128), (384, 128), (256,))).compile(
         {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd.*"}
     )
     (partitioned,) = tmp_path.glob("*after_spmd-partitioning*")
@@ -279,11 +286,8 @@ def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
 
 def test_fast_lowers_for_cuda_at_full_size():
     """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0."""
-    shapes = [
-        jax.ShapeDtypeStruct(s, d)
-        for s, d in (((65536, 768), "bfloat16"), ((50304, 768), "float32"), ((65536,), "int32"))
-    ]
     gradient = jax.jit(jax.grad(lambda x, w, t: head_loss(x, w, t, "fp8", "fast"), argnums=(0, 1)))
+    shapes = abstract((65536, 768), (50304, 768), (65536,))
     text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("head_logits", "head_logit_gradient"):
         assert kernel in text
@@ -293,23 +297,14 @@ def test_fast_lowers_for_cuda_at_full_size():
 
 
 def test_fast_lowers_in_a_sharded_scan():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-
     def local_loss(x, w, targets):
         def add(total, one):
             return total + head_loss(one[0], w, one[1], "fp8", "fast"), None
 
-        return jax.lax.pmean(jax.lax.scan(add, jnp.float32(0), (x, targets))[0], "data")
+        return jax.lax.scan(add, jnp.float32(0), (x, targets))[0]
 
-    def loss(*args):
-        specs = (P("data"), P(), P("data"))
-        return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*args)
-
-    shapes = [
-        jax.ShapeDtypeStruct(s, d)
-        for s, d in (((4, 256, 128), "bfloat16"), ((384, 128), "float32"), ((4, 256), "int32"))
-    ]
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes).lower(lowering_platforms=("cuda",))
+    shapes = abstract((4, 256, 128), (384, 128), (4, 256))
+    lowered = gradient_on_two_devices(local_loss).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "head_logit_gradient" in lowered.as_text()
 
 

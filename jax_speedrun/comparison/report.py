@@ -1,7 +1,7 @@
 """What scripts/compare.py says of its measurements: a summary as JSON values, a table, a chart."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,15 @@ def table(summary: dict[str, Any], title: str) -> Table:
             if entry[key] is not None:
                 add(label, entry["window"], {name: f"{entry[key][name]:.1%}" for name in FRAMEWORKS})
     result.add_section()
-    known = {name: summary["frameworks"][name] for name in FRAMEWORKS}
-    seconds = {kind: {name: of["first_step_s"][kind] for name, of in known.items()} for kind in ("cold", "warm")}
-    gigabytes = {name: of["peak_bytes"] and of["peak_bytes"] / 2**30 for name, of in known.items()}
-    for label, form, numbers in (
-        ("start to end of first step, caches cold", "{:.1f} s", seconds["cold"]),
-        ("start to end of first step, caches warm", "{:.1f} s", seconds["warm"]),
-        ("peak memory", "{:.1f} GiB", gigabytes),
-    ):
+
+    def once(label: str, form: str, of: Callable[[dict[str, Any]], float | None]) -> None:
+        numbers = {name: of(summary["frameworks"][name]) for name in FRAMEWORKS}
         if any(numbers.values()):  # without the full step among the parts nobody looked
             add(label, None, {name: _or_dash(number, form) for name, number in numbers.items()})
+
+    once("start to end of first step, caches cold", "{:.1f} s", lambda about: about["first_step_s"]["cold"])
+    once("start to end of first step, caches warm", "{:.1f} s", lambda about: about["first_step_s"]["warm"])
+    once("peak memory", "{:.1f} GiB", lambda about: about["peak_bytes"] and about["peak_bytes"] / 2**30)
     return result
 
 
