@@ -101,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("compare.py: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

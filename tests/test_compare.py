@@ -189,7 +189,8 @@ def test_frameworks_take_turns():
         started.append((framework, name))
         return {"answer": len(started)}
 
-    results = compare.measure_in_turns(launch, {}, 2, say=lambda _: None)
+    after_one, results = (list(r) for r in compare.measure_in_turns(launch, {}, 2, say=lambda _: None))
+    assert after_one == results[:2]
     assert started == [("jax", "jax-0"), ("torch", "torch-0"), ("jax", "jax-1"), ("torch", "torch-1")]
     assert [(r["framework"], r["round"], r["answer"]) for r in results] == [
         ("jax", 0, 1),
@@ -545,6 +546,30 @@ def test_the_whole_command_with_a_stand_in_for_pytorch(tmp_path):
     assert all(ms > 0 for t in jax_times for ms in t["ms"])
     assert written["results"][0]["versions"]["jax"] == jax.__version__
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
+    assert not (tmp_path / "out" / "work" / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("sys.exit('ValueError: lost')", 2, "worker failed (ValueError: lost)"),
+        ("import os, time; os.kill(os.getppid(), 2); time.sleep(60)", 130, "compare.py: stopped"),
+    ],
+    ids=["failure", "interrupt"],
+)
+def test_finished_rounds_outlast_a_failure_and_an_interrupt(tmp_path, end, code, said):
+    answer = {**FAKE_ANSWER, "times": [{"part": part, "window": 3, "ms": [4.0]} for part in ("step", "matmul")]}
+    body = f"if sys.argv[-1].endswith('torch-1.json'):\n    {end}\nprint(json.dumps({answer!r}))"
+    python = fake_python(tmp_path / "python", body)
+    parts = ("--jax-python", python, "--parts", "step", "--windows", "3", "--rounds", "3")
+    done = run_script(tmp_path, python, *parts)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "full step with optimisers" in done.stdout
+    assert "1 of 3 rounds" in " ".join(done.stdout.split())
+    assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["results"]) == 2
+    assert (tmp_path / "out" / "compare.png").exists()
     assert not (tmp_path / "out" / "work" / "cache").exists()
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -78,7 +78,7 @@ def _config(options: argparse.Namespace) -> Config:
 def speed(
     options: argparse.Namespace, launch: Launcher, config: Config, windows: list[int], out: Path, description: str
 ) -> int:
-    """Measure in turns; print the table, write compare.json and compare.png."""
+    """Measure in turns; write compare.json and compare.png after every round, print the table at the end."""
     job = turns.make_job(
         config,
         "measure",
@@ -88,16 +88,26 @@ def speed(
         samples=options.samples,
         sample_seconds=turns.SAMPLE_SECONDS,
     )
-    results = turns.measure_in_turns(launch, job, options.rounds)
-    summary = report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
-    _write_json(out / "compare.json", {"description": description, **summary, "results": results})
-    device = summary["frameworks"]["torch"]["device"]
-    report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
+    rounds, summary = 0, {}
+    try:
+        for results in turns.measure_in_turns(launch, job, options.rounds):
+            rounds += 1
+            summary = report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
+            _write_json(out / "compare.json", {"description": description, **summary, "results": results})
+            device = summary["frameworks"]["torch"]["device"]
+            report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
+    finally:  # also when interrupted, or when a later round fails
+        if rounds:
+            told = description if rounds == options.rounds else f"{description}; {rounds} of {options.rounds} rounds"
+            _print_comparison(summary, told, f"written: {out / 'compare.json'}, {out / 'compare.png'}")
+    return 0
+
+
+def _print_comparison(summary: dict[str, Any], description: str, written: str) -> None:
     console = _console()
     console.print(report.table(summary, description))
-    for line in (*report.notes(summary), f"written: {out / 'compare.json'}, {out / 'compare.png'}"):
+    for line in (*report.notes(summary), written):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def compare_values(

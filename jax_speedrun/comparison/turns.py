@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,21 @@ class Launcher:
 
 def measure_in_turns(
     launch: Callable[[str, Job, str], Result], job: Job, rounds: int, say: Callable[[str], None] = print
-) -> list[Result]:
+) -> Iterator[list[Result]]:
     """A B A B ...: in each round both frameworks measure everything once, in a fresh process each.
 
     Caches start out empty, so the first round compiles everything and the later ones find it done.
+
+    Yields:
+      After every round, the results of all rounds so far.
     """
-    results = []
+    results: list[Result] = []
     for number in range(rounds):
         for framework in FRAMEWORKS:
             say(f"round {number + 1}/{rounds}: {framework}")
             result = launch(framework, job, f"{framework}-{number}")
             results.append({"framework": framework, "round": number, **result})
-    return results
+        yield results
 
 
 def make_job(config: Config, task: str, **rest: Any) -> Job:
