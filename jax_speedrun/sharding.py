@@ -104,8 +104,8 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
         return None
     # By default XLA gives every matmul to Triton, in the end finds cuBLAS faster for most, and has left the sums around
     # them as passes of their own. This leaves plain matmuls to cuBLAS from the start, which adds while it multiplies,
-    # and sums FP8 products as coarsely or exactly as it is told: Triton's kernels do not look. jax 0.12's XLA tries them
-    # for FP8 all the same, unless they are forbidden for every matmul; in 0.11 that makes a step 0.4 ms longer.
+    # and sums FP8 products as coarsely or exactly as it is told: Triton's kernels do not look. In jax 0.12 only the
+    # switch for all of Triton's matmuls keeps FP8 from them; in 0.11 that one makes a step 0.4 ms longer.
     triton = "xla_gpu_enable_triton_gemm" if jax.__version_info__ >= (0, 12) else "xla_gpu_triton_gemm_any"
     options: dict[str, bool | int] = {triton: False}
     if mesh.size > 1:
