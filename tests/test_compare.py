@@ -189,7 +189,7 @@ def test_frameworks_take_turns():
         started.append((framework, name))
         return {"answer": len(started)}
 
-    after_one, results = (list(r) for r in compare.measure_in_turns(launch, {}, 2, say=lambda _: None))
+    after_one, results = compare.measure_in_turns(launch, {}, 2, say=lambda _: None)
     assert after_one == results[:2]
     assert started == [("jax", "jax-0"), ("torch", "torch-0"), ("jax", "jax-1"), ("torch", "torch-1")]
     assert [(r["framework"], r["round"], r["answer"]) for r in results] == [

@@ -7,9 +7,10 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from rich.console import Console
+from rich.table import Table
 
 from .. import evidence
 from ..config import PRESETS, Config, Kernels
@@ -99,15 +100,9 @@ def speed(
     finally:  # also when interrupted, or when a later round fails
         if rounds:
             told = description if rounds == options.rounds else f"{description}; {rounds} of {options.rounds} rounds"
-            _print_comparison(summary, told, f"written: {out / 'compare.json'}, {out / 'compare.png'}")
+            written = f"written: {out / 'compare.json'}, {out / 'compare.png'}"
+            _print(report.table(summary, told), *report.notes(summary), written)
     return 0
-
-
-def _print_comparison(summary: dict[str, Any], description: str, written: str) -> None:
-    console = _console()
-    console.print(report.table(summary, description))
-    for line in (*report.notes(summary), written):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def compare_values(
@@ -117,13 +112,11 @@ def compare_values(
     lines, results = parity.run_parity(launch, config, launch.folder, window=window, curve_steps=options.curve_steps)
     _write_json(out / "parity.json", {"description": description, **parity.to_json(lines, results)})
     parity.draw(results, out / "parity.png", description)
-    console = _console()
-    console.print(parity.table(lines, f"{description}; gradients at window {window}"))
     failed = sum(not line.passed for line in lines)
     fallbacks = [line for side in ("jax", "torch") for line in results[side]["fallbacks"]]
     verdict = f"{len(lines)} quantities, {failed} beyond their tolerance"
-    for line in (*fallbacks, verdict, f"written: {out / 'parity.json'}, {out / 'parity.png'}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    written = f"written: {out / 'parity.json'}, {out / 'parity.png'}"
+    _print(parity.table(lines, f"{description}; gradients at window {window}"), *fallbacks, verdict, written)
     return 1 if failed else 0
 
 
@@ -144,6 +137,9 @@ def _write_json(path: Path, values: dict[str, object]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _console() -> Console:
+def _print(table: Table, *lines: str) -> None:
     # A pipe or a file has no width of its own, and 80 columns would break the table.
-    return Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -105,7 +105,7 @@ def measure_in_turns(
             say(f"round {number + 1}/{rounds}: {framework}")
             result = launch(framework, job, f"{framework}-{number}")
             results.append({"framework": framework, "round": number, **result})
-        yield results
+        yield list(results)
 
 
 def make_job(config: Config, task: str, **rest: Any) -> Job:
