@@ -61,6 +61,16 @@ class ModelConfig:
         attention = (self.layers - len(self.attention_free_layers)) * 4 * channels * self.width
         return attention + self.layers * 2 * self.mlp_width * self.width + self.padded_vocabulary * self.width
 
+    def attention_flops(self, long_pairs: int, short_pairs: int) -> int:
+        """FLOP of attention, forward and backward, over so many visible (query, key) pairs of each mask.
+
+        As for parameters, the backward pass counts twice: 4 FLOP a pair and channel forward (q k^T and weights times
+        v), 8 backward. What a kernel computes once more, and what its blocks compute beyond the mask, does not count.
+        """
+        short_layers = self.layers - len({*self.long_layers, *self.attention_free_layers})
+        pairs = len(set(self.long_layers) - set(self.attention_free_layers)) * long_pairs + short_layers * short_pairs
+        return 12 * self.heads * self.head_width * pairs
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

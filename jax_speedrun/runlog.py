@@ -175,7 +175,7 @@ class RunLog:
           window: the long attention window, in tokens.
           ms: what the step took, as `StepClock.tick` says.
           train_time_ms, step_avg_ms: the clock's, this step included.
-          mfu: model FLOP/s over the peak of all devices, 0 to 1.
+          mfu: model FLOP/s, without attention's, over the peak of all devices, 0 to 1.
         """
         tokens_per_s = 1000 * self._tokens_per_step / ms
         self._write_log(f"step:{step}/{self._steps} train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms")

@@ -28,7 +28,7 @@ from jax_speedrun.errors import UsageError
 from jax_speedrun.kernels import attention_hopper
 from jax_speedrun.kernels.attention import Implementation, block_sparse_attention, resolve_implementation
 from jax_speedrun.kernels.attention_hopper_walk import Walks, build_walks
-from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
+from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks, visible_pairs
 from jax_speedrun.timing import milliseconds
 
 PEERS = ("hopper", "xla", "cudnn", "flex")
@@ -39,11 +39,12 @@ CALLS, ROUNDS = 10, 7
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One mask to run: `kind` of the window `window`, which is `blocks` blocks wide."""
+    """One mask to run: `kind` of the window `window`, `blocks` blocks wide, with so many visible `pairs`."""
 
     window: int
     kind: str
     blocks: int
+    pairs: int
     mask: BlockMask
     inputs: tuple[Array, Array, Array, Array]  # q, k, v and the output's gradient, (T, H, K)
 
@@ -171,18 +172,8 @@ def float32_truth(inputs: tuple[Array, ...], documents_T: Array, blocks: Array) 
     return output, *pull(d_output)
 
 
-@jax.jit
-def visible_pairs(documents_T: Array, blocks: Array) -> Array:
-    position = jnp.arange(len(documents_T))
-    starts = jnp.concatenate([jnp.ones(1, bool), documents_T[1:] != documents_T[:-1]])
-    document_start = jax.lax.cummax(jnp.where(starts, position, 0))
-    window_start = (position // BLOCK_SIZE - jnp.maximum(blocks, 1) + 1) * BLOCK_SIZE
-    return jnp.sum((position - jnp.maximum(document_start, window_start) + 1).astype(jnp.float32))
-
-
 def measure(case: Case, peer: str, draws: list[Runs], truths: list[list[np.ndarray]], ceiling: float) -> Iterator[Row]:
     """Times of the first draw, errors of all that have a truth."""
-    pairs = float(visible_pairs(case.mask.documents, jnp.int32(case.blocks)))
     _, heads, width = case.inputs[0].shape
     wait: Callable[[Any], Any] = jax.block_until_ready
     if peer == "flex":
@@ -195,7 +186,7 @@ def measure(case: Case, peer: str, draws: list[Runs], truths: list[list[np.ndarr
         ("forward", "backward"), zip(*draws, strict=True), (2, 5), (slice(0, 1), slice(1, 4)), strict=True
     ):
         ms = milliseconds({direction: runs[0]}, calls=CALLS, rounds=ROUNDS, wait=wait)[direction]
-        tflops = products * 2 * width * heads * pairs / ms / 1e9
+        tflops = products * 2 * width * heads * case.pairs / ms / 1e9
         largest = relative = None
         if truths and peer != "cudnn":
             errors = [
@@ -311,7 +302,8 @@ def main() -> None:
     for window in sorted(options.windows):
         for kind, mask in zip(("long", "short"), jax.jit(long_short_masks)(tokens, window), strict=True):
             blocks = window if kind == "long" else max(window // 2, 1)
-            cases = [Case(window, kind, blocks, mask, inputs) for inputs in draws]
+            pairs = visible_pairs(tokens, blocks)
+            cases = [Case(window, kind, blocks, pairs, mask, inputs) for inputs in draws]
             truths: list[list[np.ndarray]] = []
             if not options.no_errors:
                 truths = [

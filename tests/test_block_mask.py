@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jax_speedrun.kernels.block_mask import BLOCK_SIZE, DOCUMENT_START, BlockMask, dense_to_ordered, long_short_masks
+from jax_speedrun.kernels.block_mask import (
+    BLOCK_SIZE,
+    DOCUMENT_START,
+    BlockMask,
+    dense_to_ordered,
+    long_short_masks,
+    visible_pairs,
+)
 
 BATCH = 50
 LENGTHS = [BLOCK_SIZE, 3 * BLOCK_SIZE, 5 * BLOCK_SIZE, 8 * BLOCK_SIZE]
@@ -99,6 +106,7 @@ def check(tokens_T: np.ndarray, window: int, everything: Everything) -> None:
     np.testing.assert_array_equal(partial_BB, truth.partial)
     np.testing.assert_array_equal(full_BB, truth.full)
     assert not (partial_BB & full_BB).any()
+    assert visible_pairs(tokens_T, window) == truth.visible.sum()
 
     visited_BB = partial_BB | full_BB
     assert all(is_contiguous(line) for line in [*visited_BB, *visited_BB.T])
@@ -259,14 +267,14 @@ def test_the_window_recompiles_nothing() -> None:
     traces = 0
 
     @jax.jit
-    def visible_pairs(tokens_T: jax.Array, window: jax.Array) -> jax.Array:
+    def both(tokens_T: jax.Array, window: jax.Array) -> jax.Array:
         nonlocal traces
         traces += 1
         long, short = long_short_masks(tokens_T, window)
         return long.dense().sum() + short.dense().sum()
 
     tokens_T = with_starts(4 * BLOCK_SIZE, [0])
-    pairs = [int(visible_pairs(tokens_T, np.int32(window))) for window in range(1, 6)]
+    pairs = [int(both(tokens_T, np.int32(window))) for window in range(1, 6)]
     expected = [
         brute_force(tokens_T, w).visible.sum() + brute_force(tokens_T, w // 2).visible.sum() for w in range(1, 6)
     ]

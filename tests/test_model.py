@@ -1,6 +1,7 @@
 """The model against an independent float64 NumPy forward, and its gradients against finite differences of that."""
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 
 from jax_speedrun.config import PRESETS, ModelConfig
+from jax_speedrun.kernels.attention_reference import reference_attention
+from jax_speedrun.kernels.block_mask import long_short_masks
 from jax_speedrun.kernels.residual import inverse_rms
 from jax_speedrun.model import GPT
 from tests.numpy_model import forward_loss
@@ -183,3 +186,25 @@ def test_bfloat16_stays_near_float32():
     )
     want, _ = numpy_loss(params, tokens, targets, 2)
     np.testing.assert_allclose(float(loss), want, rtol=2e-2)
+
+
+def test_flops_of_attention_are_those_of_its_products():
+    """Attention with all scores in memory multiplies every pair, seen or not."""
+    q = jnp.ones((TOKENS, CONFIG.heads, CONFIG.head_width))
+    mask, _ = long_short_masks(jnp.zeros(TOKENS, jnp.int32), 2)
+    gradient = jax.value_and_grad(lambda q, k, v: reference_attention(q, k, v, mask, 1.0).sum(), argnums=(0, 1, 2))
+    flops = 0
+    for equation in jax.make_jaxpr(gradient)(q, q, q).eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            flops += 2 * equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+    one_layer = dataclasses.replace(CONFIG, layers=1, long_layers=(0,), attention_free_layers=())
+    assert one_layer.attention_flops(TOKENS**2, 0) == flops > 0
+
+
+def test_flops_of_attention_add_up_over_the_layers():
+    per_pair = 12 * CONFIG.heads * CONFIG.head_width
+    assert CONFIG.attention_flops(1000, 10) == per_pair * (3 * 1000 + 2 * 10)  # 0, 2 and 5 long, 1 and 4 short
+    record = ModelConfig()
+    assert record.attention_flops(1000, 10) == 12 * 768 * (3 * 1000 + 8 * 10)

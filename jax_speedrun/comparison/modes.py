@@ -17,9 +17,10 @@ from ..config import PRESETS, Config, Kernels
 from ..data import TINY_DATA
 from ..errors import UsageError
 from ..kernels.attention import Implementation
+from ..kernels.block_mask import visible_pairs
 from . import parity, report, turns
 from .turns import Launcher
-from .worker import WINDOWS, step_of_window
+from .worker import WINDOWS, load_arrays, step_of_window
 
 VALIDATION_SEQUENCES = 16
 
@@ -89,11 +90,17 @@ def speed(
         samples=options.samples,
         sample_seconds=turns.SAMPLE_SECONDS,
     )
+    tokens_T = load_arrays(launch.folder / "inputs.npz")["tokens"][0]
+    flops = 6 * config.model.matmul_parameters * config.tokens_per_step
+    attention_flops = {
+        window: config.model.attention_flops(visible_pairs(tokens_T, window), visible_pairs(tokens_T, window // 2))
+        for window in windows
+    }
     rounds, summary = 0, {}
     try:
         for results in turns.measure_in_turns(launch, job, options.rounds):
             rounds += 1
-            summary = report.summarize(results, config.tokens_per_step, config.model.matmul_parameters)
+            summary = report.summarize(results, config.tokens_per_step, flops, attention_flops)
             _write_json(out / "compare.json", {"description": description, **summary, "results": results})
             device = summary["frameworks"]["torch"]["device"]
             report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")

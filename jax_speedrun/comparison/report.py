@@ -1,7 +1,7 @@
 """What scripts/compare.py says of its measurements: a summary as JSON values, a table, a chart."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ EVEN = 0.01
 """Medians closer than this, relative, are called even."""
 
 
-def summarize(results: Sequence[Result], tokens: int, matmul_parameters: int) -> dict[str, Any]:
+def summarize(
+    results: Sequence[Result], tokens: int, flops: float, attention_flops: Mapping[int, float]
+) -> dict[str, Any]:
     """Medians over all samples of all rounds, and what follows from them.
 
     Args:
       results: of `measure_in_turns`.
       tokens: of a step.
-      matmul_parameters: each costs 6 FLOP a token; attention is left out, as in the log of a run.
+      flops: of a step's matmuls, forward and backward, without attention and optimisers, as in the log of a run.
+      attention_flops: of a step's attention, for each window measured.
 
     Returns:
       `rows`: one for each part and window, with median, low, high (ms) and n for each framework, and `ratio`, PyTorch's
       median over JAX's. `frameworks`: for each, device, versions, fallbacks, first step cold and warm (s), peak
-      memory. `throughput`: for each window of the full step, tokens/s and MFU against datasheet and measured matmul.
+      memory. `throughput`: for each window of the full step, tokens/s, and MFU of the datasheet's rate and of the
+      measured matmul's, each "without_attention" and "with_attention".
     """
     frameworks = {name: _describe([r for r in results if r["framework"] == name]) for name in FRAMEWORKS}
     rows = []
@@ -43,7 +47,7 @@ def summarize(results: Sequence[Result], tokens: int, matmul_parameters: int) ->
         key = entry["part"], entry["window"]
         row: dict[str, Any] = {"part": key[0], "window": key[1]}
         for name in FRAMEWORKS:
-            ms = [
+            samples = [
                 sample
                 for result in results
                 if result["framework"] == name
@@ -51,24 +55,29 @@ def summarize(results: Sequence[Result], tokens: int, matmul_parameters: int) ->
                 if (other["part"], other["window"]) == key
                 for sample in other["ms"]
             ]
-            row[name] = {"median": statistics.median(ms), "low": min(ms), "high": max(ms), "n": len(ms)}
+            row[name] = {
+                "median": statistics.median(samples),
+                "low": min(samples),
+                "high": max(samples),
+                "n": len(samples),
+            }
         row["ratio"] = row["torch"]["median"] / row["jax"]["median"]
         rows.append(row)
 
-    flops = 6 * matmul_parameters * tokens
     fastest_ms = min(row[name]["median"] for row in rows if row["part"] == "matmul" for name in FRAMEWORKS)
     ceiling = 1000 * 2 * results[0]["matmul_size"] ** 3 / fastest_ms
     peak = next((r["peak_flops"] for r in results if r["peak_flops"]), None)
     throughput = []
     for row in rows:
         if row["part"] == "step":
-            rates = {name: 1000 / row[name]["median"] for name in FRAMEWORKS}
+            ms = {name: row[name]["median"] for name in FRAMEWORKS}
+            work = {"without_attention": flops, "with_attention": flops + attention_flops[row["window"]]}
             throughput.append(
                 {
                     "window": row["window"],
-                    "tokens_per_s": {name: tokens * rate for name, rate in rates.items()},
-                    "mfu": None if peak is None else {name: flops * rate / peak for name, rate in rates.items()},
-                    "mfu_of_ceiling": {name: flops * rate / ceiling for name, rate in rates.items()},
+                    "tokens_per_s": {name: 1000 * tokens / ms[name] for name in FRAMEWORKS},
+                    "mfu": None if peak is None else _mfu(work, ms, peak),
+                    "mfu_of_ceiling": _mfu(work, ms, ceiling),
                 }
             )
     return {
@@ -78,6 +87,10 @@ def summarize(results: Sequence[Result], tokens: int, matmul_parameters: int) ->
         "peak_flops": peak,
         "ceiling_flops": ceiling,
     }
+
+
+def _mfu(work: Mapping[str, float], ms: Mapping[str, float], peak: float) -> dict[str, dict[str, float]]:
+    return {what: {name: 1000 * flops / ms[name] / peak for name in FRAMEWORKS} for what, flops in work.items()}
 
 
 def _describe(results: Sequence[Result]) -> dict[str, Any]:
@@ -125,8 +138,10 @@ def table(summary: dict[str, Any], title: str) -> Table:
         add("tokens/s", entry["window"], values, rates["jax"] / rates["torch"])
     for entry in summary["throughput"]:
         for key, label in (("mfu", "MFU, of the datasheet's rate"), ("mfu_of_ceiling", "MFU, of the measured matmul")):
-            if entry[key] is not None:
-                add(label, entry["window"], {name: f"{entry[key][name]:.1%}" for name in FRAMEWORKS})
+            if (mfu := entry[key]) is not None:
+                alone, all_ = mfu["without_attention"], mfu["with_attention"]
+                values = {name: f"{alone[name]:.1%}, with attention {all_[name]:.1%}" for name in FRAMEWORKS}
+                add(label, entry["window"], values)
     result.add_section()
 
     def once(label: str, form: str, of: Callable[[dict[str, Any]], float | None]) -> None:
