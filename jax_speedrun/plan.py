@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from .communication import parameter_shapes
 from .config import Config
+from .kernels.paths import slow_kernels_note
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -26,6 +27,7 @@ def describe(config: Config, mesh: Mesh) -> str:
         f"in matmuls; {6 * config.model.matmul_parameters * config.tokens_per_step / 1e12:.2f} TFLOP a step "
         "without attention",
         f"attention:  {config.attention}; head matmuls in {config.model.head_precision}",
+        *([f"note:       {note}"] if config.attention == "hopper" and (note := slow_kernels_note()) else []),
         f"memory:     about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: "
         f"{state_bytes / 2**30:.1f} parameters, gradients and optimiser state, "
         f"{activation_bytes / 2**30:.1f} activations of one sequence",

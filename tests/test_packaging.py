@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from jax_speedrun.kernels.paths import SPILLING_JAX
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
@@ -67,3 +70,11 @@ def test_package_holds_its_kernels_and_data():
     assert packages == ["jax_speedrun", "jax_speedrun.kernels", "jax_speedrun.comparison", "jax_speedrun.tiny"]
     assert (ROOT / "jax_speedrun" / "kernels").resolve() == ROOT / "kernels"
     assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "tiny").iterdir()) < 3_000_000
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13"])
+def test_extras_for_gpus_leave_out_releases_that_spill_registers_and_no_others(extra):
+    (line,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    allowed = Requirement(line).specifier
+    assert not any(allowed.contains(version) for version in SPILLING_JAX)
+    assert all(allowed.contains(version) for version in ("0.11.2", "0.12.1", "0.13.0"))

@@ -25,6 +25,7 @@ from jax_speedrun.config import (
 )
 from jax_speedrun.data import write_shard
 from jax_speedrun.loop import DivergedError, Loop
+from jax_speedrun.plan import describe
 from jax_speedrun.program_store import ProgramStore
 from jax_speedrun.sharding import make_mesh
 from jax_speedrun.step import make_program
@@ -409,6 +410,22 @@ def test_dry_run_compiles_and_writes_nothing(capsys, tmp_path, monkeypatch):
         for word in (*words, "8 x cpu", "GiB", "reduce-scatter", "all-gather"):
             assert word in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "attention", "warns"),
+    [
+        ("0.11.2", "hopper", False),
+        ("0.12.0.1", "hopper", True),
+        ("0.12.0.1", "xla", False),
+        ("0.12.1", "hopper", False),
+    ],
+)
+def test_plan_warns_of_a_jax_that_slows_the_kernels(monkeypatch, version, attention, warns):
+    monkeypatch.setattr(jax, "__version__", version)
+    plan = describe(dataclasses.replace(CONFIG, attention=attention), make_mesh(1, CONFIG.sequences))
+    assert (f"note:       jax {version} compiles" in plan) == warns
+    assert ("pip install 'jax[cuda13]==0.11.2'" in plan) == warns
 
 
 def test_compiled_programs_are_kept_in_the_users_folder(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from ..config import from_dict, made_from, peak_flops, resolve
 from ..kernels.attention import block_sparse_attention
 from ..kernels.block_mask import long_short_masks
 from ..kernels.head_loss import fp8_supported, head_loss
+from ..kernels.paths import slow_kernels_note
 from ..model import ATTENTION_SCALE, GPT, model_graph
 from ..optimizer import recipe_optimizer
 from ..program_store import store_for
@@ -39,6 +40,8 @@ class JaxSide:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_precision="bfloat16"))
             self.fallbacks.append("JAX: no FP8 on this device, head matmuls in bfloat16")
         self.config = resolve(config, self.device)
+        if self.config.attention == "hopper" and (note := slow_kernels_note()):
+            self.fallbacks.append(f"JAX: {note}")
         if self.config.model.compute_dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         self.graph = model_graph(self.config.model)
