@@ -571,7 +571,10 @@ def test_finished_rounds_outlast_a_failure_and_an_interrupt(tmp_path, end, code,
     assert "Traceback" not in done.stderr
     assert "full step with optimisers" in done.stdout
     assert "1 of 3 rounds" in " ".join(done.stdout.split())
-    assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["results"]) == 2
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert len(written["results"]) == 2
+    # 256 tokens in 4 ms: a step here is one sequence, whatever the preset's batch.
+    assert written["throughput"][0]["tokens_per_s"] == pytest.approx({"jax": 64_000, "torch": 64_000})
     assert (tmp_path / "out" / "compare.png").exists()
     assert not (tmp_path / "out" / "work" / "cache").exists()
 

@@ -71,10 +71,16 @@ def _config(options: argparse.Namespace) -> Config:
     # Whether it runs here is for the worker to say: asking would start JAX's GPU in this process.
     if options.attention not in get_args(Implementation):
         raise UsageError(f"--attention {options.attention}: choose one of {', '.join(get_args(Implementation))}")
-    changes = {} if options.sequence_length is None else {"sequence_length": options.sequence_length}
     if options.kernels not in get_args(Kernels):
         raise UsageError(f"--kernels {options.kernels}: choose one of {', '.join(get_args(Kernels))}")
-    return dataclasses.replace(PRESETS[options.preset], attention=options.attention, kernels=options.kernels, **changes)
+    preset = PRESETS[options.preset]
+    return dataclasses.replace(
+        preset,
+        sequences=1,  # a step of either framework here, whatever the preset's batch
+        sequence_length=preset.sequence_length if options.sequence_length is None else options.sequence_length,
+        attention=options.attention,
+        kernels=options.kernels,
+    )
 
 
 def speed(
