@@ -67,8 +67,8 @@ class ModelConfig:
         As for parameters, the backward pass counts twice: 4 FLOP a pair and channel forward (q k^T and weights times
         v), 8 backward. What a kernel computes once more, and what its blocks compute beyond the mask, does not count.
         """
-        short_layers = self.layers - len({*self.long_layers, *self.attention_free_layers})
-        pairs = len(set(self.long_layers) - set(self.attention_free_layers)) * long_pairs + short_layers * short_pairs
+        attending = set(range(self.layers)) - set(self.attention_free_layers)
+        pairs = sum(long_pairs if layer in self.long_layers else short_pairs for layer in attending)
         return 12 * self.heads * self.head_width * pairs
 
 
@@ -132,6 +132,11 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences * self.sequence_length
+
+    @property
+    def matmul_flops(self) -> int:
+        """FLOP of a step's matmuls: 6 a parameter and token, 2 of them forward. Without attention and optimisers."""
+        return 6 * self.model.matmul_parameters * self.tokens_per_step
 
     @property
     def kernel_path(self) -> KernelPath:

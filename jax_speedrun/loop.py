@@ -159,7 +159,6 @@ class Loop:
         self.checkpoints.check()
         if self.log is None:
             return
-        flops = 6 * self.config.model.matmul_parameters * self.config.tokens_per_step
         self.log.train_step(
             step + 1,
             loss=loss,
@@ -168,7 +167,7 @@ class Loop:
             ms=ms,
             train_time_ms=self.clock.elapsed_ms,
             step_avg_ms=self.clock.step_avg_ms,
-            mfu=None if self.peak_flops is None else 1000 * flops / ms / self.peak_flops,
+            mfu=None if self.peak_flops is None else 1000 * self.config.matmul_flops / ms / self.peak_flops,
         )
 
     def _log_validation(self, step: int, val_loss: float) -> None:

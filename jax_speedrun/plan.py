@@ -24,10 +24,10 @@ def describe(config: Config, mesh: Mesh) -> str:
         f"tokens:     {config.tokens_per_step:,} a step x {config.steps:,} steps = "
         f"{config.tokens_per_step * config.steps:,}",
         f"model:      {parameters / 1e6:.1f} M parameters, of which {config.model.matmul_parameters / 1e6:.1f} M "
-        f"in matmuls; {6 * config.model.matmul_parameters * config.tokens_per_step / 1e12:.2f} TFLOP a step "
+        f"in matmuls; {config.matmul_flops / 1e12:.2f} TFLOP a step "
         "without attention",
         f"attention:  {config.attention}; head matmuls in {config.model.head_precision}",
-        *([f"note:       {note}"] if config.attention == "hopper" and (note := slow_kernels_note()) else []),
+        *([f"note:       {note}"] if (note := slow_kernels_note(config.attention)) else []),
         f"memory:     about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: "
         f"{state_bytes / 2**30:.1f} parameters, gradients and optimiser state, "
         f"{activation_bytes / 2**30:.1f} activations of one sequence",

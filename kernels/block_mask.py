@@ -146,20 +146,20 @@ def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask
     return unlimited.windowed(window_blocks), unlimited.windowed(jnp.asarray(window_blocks) // 2)
 
 
-def visible_pairs(tokens_T: ArrayLike, window_blocks: int) -> int:
-    """How many (query, key) pairs one of `long_short_masks` lets see each other; for counting FLOP, on the host.
+def visible_pairs(tokens_T: ArrayLike, window_blocks: int) -> tuple[int, int]:
+    """How many (query, key) pairs see each other in each of `long_short_masks(tokens_T, window_blocks)`.
 
-    Each token sees from the start of its document, or of its window, to itself.
-
-    Args:
-      tokens_T: as `long_short_masks` takes them.
-      window_blocks: of this mask. A window of no blocks still holds a query's own block.
+    Each token sees from the start of its document, or of its window, to itself. Counted on the host, for FLOP.
     """
     tokens_T = np.asarray(tokens_T)
     position_T = np.arange(len(tokens_T))
     document_start_T = np.maximum.accumulate(np.where(tokens_T == DOCUMENT_START, position_T, 0))
-    window_start_T = (position_T // BLOCK_SIZE - max(window_blocks, 1) + 1) * BLOCK_SIZE
-    return int(np.sum(position_T - np.maximum(document_start_T, window_start_T) + 1))
+
+    def pairs(window: int) -> int:  # one of no blocks still holds a query's own
+        window_start_T = (position_T // BLOCK_SIZE - max(window, 1) + 1) * BLOCK_SIZE
+        return int(np.sum(position_T - np.maximum(document_start_T, window_start_T) + 1))
+
+    return pairs(window_blocks), pairs(window_blocks // 2)
 
 
 def _ordered_to_dense(counts: Array, indices: Array) -> Array:

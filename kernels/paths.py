@@ -18,9 +18,9 @@ def on_hopper(device: jax.Device) -> bool:
     return getattr(device, "compute_capability", None) == "9.0"
 
 
-def slow_kernels_note() -> str | None:
-    """Why the kernels are slow under this jax, and what to do about it; None where they are not."""
-    if jax.__version__ not in SPILLING_JAX:
+def slow_kernels_note(attention: str) -> str | None:
+    """Why a run with this attention is slow under this jax, and what to do about it; None where it is not."""
+    if attention != "hopper" or jax.__version__ not in SPILLING_JAX:
         return None
     return (
         f"jax {jax.__version__} compiles kernels for Hopper with too few registers: correct, but a step takes 1.19 "

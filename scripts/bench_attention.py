@@ -300,9 +300,9 @@ def main() -> None:
           f"bf16 matmul {ceiling:.0f} TFLOP/s")  # fmt: skip
     print("window  mask   peer    direction        ms  TFLOP/s  of ceiling  error, largest/relative")
     for window in sorted(options.windows):
-        for kind, mask in zip(("long", "short"), jax.jit(long_short_masks)(tokens, window), strict=True):
+        masks, counts = jax.jit(long_short_masks)(tokens, window), visible_pairs(tokens, window)
+        for kind, mask, pairs in zip(("long", "short"), masks, counts, strict=True):
             blocks = window if kind == "long" else max(window // 2, 1)
-            pairs = visible_pairs(tokens, blocks)
             cases = [Case(window, kind, blocks, pairs, mask, inputs) for inputs in draws]
             truths: list[list[np.ndarray]] = []
             if not options.no_errors:

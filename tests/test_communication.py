@@ -17,6 +17,7 @@ from jax_speedrun.config import PRESETS, Config
 from jax_speedrun.optimizer import muon, state_specs
 from jax_speedrun.sharding import DATA_AXIS, shards_of
 from jax_speedrun.step import make_program
+from tests.hlo import dot_flops, text
 from tests.test_sharding import SMALL, compilation_cache, mesh_of  # noqa: F401 (a fixture)
 
 DTYPE_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
@@ -30,12 +31,6 @@ ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 class Sent(NamedTuple):
     number: int
     nbytes: int
-
-
-def text(lowered: jax.stages.Lowered) -> str:
-    hlo = lowered.compile().as_text()
-    assert hlo is not None
-    return hlo
 
 
 def compiled_step(config: Config, devices: int) -> str:
@@ -89,19 +84,6 @@ def test_a_reshard_nobody_asked_for_is_seen():
     assert gathered == {"all-gather": Sent(1, 64 * 64 * 4)}
     moved = collectives(hlo(lambda x: x + 1, in_shardings=split, out_shardings=other), 8)
     assert set(moved) == {"all-to-all"}
-
-
-def dot_flops(hlo: str) -> int:
-    """2 x the output's numbers x the contracted length, over all matmuls of a program without loops."""
-    shapes = {name: dims for name, dims in re.findall(r"%(\S+) = \w+\[([\d,]*)\]", hlo)}
-    total = 0
-    for out, lhs, axes in re.findall(
-        r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.\-]+),.*?lhs_contracting_dims=\{([\d,]*)\}", hlo
-    ):
-        sizes = [int(n) for n in shapes[lhs].split(",")]
-        contracted = math.prod(sizes[int(axis)] for axis in axes.split(","))
-        total += 2 * contracted * math.prod(int(n) for n in out.split(","))
-    return total
 
 
 def muon_flops(layers: int, devices: int) -> int:

@@ -295,8 +295,11 @@ def results(jax_ms=10.0, torch_ms=20.0):
     return both
 
 
+WORK = (1000, 6e9, {1: 1e9, 4: 2e9})  # tokens, FLOP of matmuls, and of attention by window
+
+
 def test_summary_of_known_samples():
-    summary = compare_report.summarize(results(), 1000, 6e9, {1: 1e9, 4: 2e9})
+    summary = compare_report.summarize(results(), *WORK)
     rows = {(row["part"], row["window"]): row for row in summary["rows"]}
     assert list(rows) == [("step", 1), ("step", 4), ("head", None), ("matmul", None)]
     assert rows["step", 4]["jax"] == {"median": 40.0, "low": 40.0, "high": 41.0, "n": 4}
@@ -327,7 +330,7 @@ def render(table):
 
 
 def test_table_and_notes_say_it_all():
-    summary = compare_report.summarize(results(), 1000, 6e9, {1: 1e9, 4: 2e9})
+    summary = compare_report.summarize(results(), *WORK)
     text = render(compare_report.table(summary, "a title"))
     for part in (
         "a title",
@@ -344,14 +347,14 @@ def test_table_and_notes_say_it_all():
     assert "PyTorch: a stand-in" in notes
     assert "datasheet 1 TFLOP/s" in notes
     bare = [{**r, "peak_flops": None, "first_step_s": None, "peak_bytes": None} for r in results()]
-    text = render(compare_report.table(compare_report.summarize(bare, 1000, 6e9, {1: 1e9, 4: 2e9}), ""))
+    text = render(compare_report.table(compare_report.summarize(bare, *WORK), ""))
     for unknown in ("datasheet", "caches", "memory"):
         assert unknown not in text
 
 
 @pytest.mark.parametrize(("jax_ms", "torch_ms", "color"), [(10.0, 20.0, "blue"), (20.0, 10.0, "orange")])
 def test_chart_puts_the_winner_on_its_side(tmp_path, jax_ms, torch_ms, color):
-    summary = compare_report.summarize(results(jax_ms, torch_ms), 1000, 6e9, {1: 1e9, 4: 2e9})
+    summary = compare_report.summarize(results(jax_ms, torch_ms), *WORK)
     compare_report.draw(summary, tmp_path / "chart.png", "title")
     pixels = matplotlib.image.imread(tmp_path / "chart.png")[..., :3]
     colors = {"blue": (0x1F, 0x77, 0xB4), "orange": (0xFF, 0x7F, 0x0E)}

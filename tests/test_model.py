@@ -15,6 +15,7 @@ from jax_speedrun.kernels.attention_reference import reference_attention
 from jax_speedrun.kernels.block_mask import long_short_masks
 from jax_speedrun.kernels.residual import inverse_rms
 from jax_speedrun.model import GPT
+from tests.hlo import dot_flops, text
 from tests.numpy_model import forward_loss
 
 CONFIG = ModelConfig(
@@ -193,12 +194,7 @@ def test_flops_of_attention_are_those_of_its_products():
     q = jnp.ones((TOKENS, CONFIG.heads, CONFIG.head_width))
     mask, _ = long_short_masks(jnp.zeros(TOKENS, jnp.int32), 2)
     gradient = jax.value_and_grad(lambda q, k, v: reference_attention(q, k, v, mask, 1.0).sum(), argnums=(0, 1, 2))
-    flops = 0
-    for equation in jax.make_jaxpr(gradient)(q, q, q).eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            flops += 2 * equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+    flops = dot_flops(text(jax.jit(gradient).lower(q, q, q)))
     one_layer = dataclasses.replace(CONFIG, layers=1, long_layers=(0,), attention_free_layers=())
     assert one_layer.attention_flops(TOKENS**2, 0) == flops > 0
 

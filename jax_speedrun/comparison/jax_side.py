@@ -40,7 +40,7 @@ class JaxSide:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_precision="bfloat16"))
             self.fallbacks.append("JAX: no FP8 on this device, head matmuls in bfloat16")
         self.config = resolve(config, self.device)
-        if self.config.attention == "hopper" and (note := slow_kernels_note()):
+        if note := slow_kernels_note(self.config.attention):
             self.fallbacks.append(f"JAX: {note}")
         if self.config.model.compute_dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")

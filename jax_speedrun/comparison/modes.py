@@ -97,16 +97,12 @@ def speed(
         sample_seconds=turns.SAMPLE_SECONDS,
     )
     tokens_T = load_arrays(launch.folder / "inputs.npz")["tokens"][0]
-    flops = 6 * config.model.matmul_parameters * config.tokens_per_step
-    attention_flops = {
-        window: config.model.attention_flops(visible_pairs(tokens_T, window), visible_pairs(tokens_T, window // 2))
-        for window in windows
-    }
+    attention_flops = {w: config.model.attention_flops(*visible_pairs(tokens_T, w)) for w in windows}
     rounds, summary = 0, {}
     try:
         for results in turns.measure_in_turns(launch, job, options.rounds):
             rounds += 1
-            summary = report.summarize(results, config.tokens_per_step, flops, attention_flops)
+            summary = report.summarize(results, config.tokens_per_step, config.matmul_flops, attention_flops)
             _write_json(out / "compare.json", {"description": description, **summary, "results": results})
             device = summary["frameworks"]["torch"]["device"]
             report.draw(summary, out / "compare.png", f"JAX and PyTorch on {device}\n{description}")
