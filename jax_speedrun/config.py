@@ -6,29 +6,35 @@ what their definition below names.
 
 import dataclasses
 import json
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from .errors import UsageError
-from .kernels.attention import Implementation, resolve_implementation
+from .kernels import attention, head
 from .kernels.block_mask import BLOCK_SIZE
-from .kernels.head_loss import HeadPrecision, fast_head_supported, fp8_supported
-from .kernels.mlp import fast_mlp_supported
-from .kernels.paths import KernelPath
-from .kernels.self_attention import fast_self_attention_supported
+from .kernels.head import HeadPrecision, fp8_supported
+from .kernels.implementation import Implementation, choose
+from .kernels.layer.mlp import unsupported as mlp_unsupported
+from .kernels.layer.self_attention import unsupported as self_attention_unsupported
 
 ComputeDtype = Literal["bfloat16", "float32"]
-Kernels = Literal["auto", "fast", "plain"]
+
+ATTENTION_SCALE = 0.12
+NORM_EPSILON = float(jnp.finfo(jnp.float32).eps)  # PyTorch's default, also for bfloat16 input
+ROTARY_BASE = 1024
+KERNELS: tuple[Implementation, ...] = ("auto", "hopper", "xla")
+"""Implementations of everything but attention."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and arithmetic of the model."""
 
-    vocabulary: int = 50257
-    padded_vocabulary: int = 50304
+    vocab_size: int = 50257
+    padded_vocab_size: int = 50304
     layers: int = 12
     width: int = 768
     heads: int = 6
@@ -59,7 +65,7 @@ class ModelConfig:
         """Parameters that every token multiplies: hidden matrices and head, without the tables."""
         channels = self.heads * self.head_width
         attention = (self.layers - len(self.attention_free_layers)) * 4 * channels * self.width
-        return attention + self.layers * 2 * self.mlp_width * self.width + self.padded_vocabulary * self.width
+        return attention + self.layers * 2 * self.mlp_width * self.width + self.padded_vocab_size * self.width
 
     def attention_flops(self, long_pairs: int, short_pairs: int) -> int:
         """FLOP of attention, forward and backward, over so many visible (query, key) pairs of each mask.
@@ -108,8 +114,9 @@ class Config:
     """How often the data may be gone through."""
     seed: int = 0
     attention: Implementation = "auto"
-    kernels: Kernels = "auto"
-    """Of everything but attention: the kernels for Hopper GPUs, or plain JAX."""
+    """Implementation of attention."""
+    kernels: Implementation = "auto"
+    """Implementation of everything else, one of `KERNELS`."""
 
     def __post_init__(self) -> None:
         if self.sequence_length <= 0 or self.sequence_length % BLOCK_SIZE:
@@ -137,11 +144,6 @@ class Config:
     def matmul_flops(self) -> int:
         """FLOP of a step's matmuls: 6 a parameter and token, 2 of them forward. Without attention and optimisers."""
         return 6 * self.model.matmul_parameters * self.tokens_per_step
-
-    @property
-    def kernel_path(self) -> KernelPath:
-        """`kernels` of a resolved run."""
-        return "fast" if self.kernels == "fast" else "plain"
 
 
 _TINY_MODEL = ModelConfig(
@@ -189,36 +191,44 @@ def resolve(config: Config, device: jax.Device) -> Config:
     model = config.model
     if model.head_precision == "fp8" and not fp8_supported(device):
         model = dataclasses.replace(model, head_precision="fp8_emulated")
-    try:
-        attention = resolve_implementation(
-            config.attention, head_width=model.head_width, dtype=jnp.dtype(model.compute_dtype)
-        )
-    except ValueError as error:
-        raise UsageError(f"--attention {config.attention}: {error}") from error
-    resolved = dataclasses.replace(config, model=model, attention=attention)
-    return dataclasses.replace(resolved, kernels=_resolve_kernels(resolved, device))
-
-
-def _resolve_kernels(config: Config, device: jax.Device) -> Kernels:
-    if config.kernels == "plain":
-        return "plain"
-    model, tokens, dtype = config.model, config.sequence_length, jnp.dtype(config.model.compute_dtype)
-    supported = (
-        config.attention == "hopper"
-        and fast_head_supported(
-            device, model.head_precision, tokens=tokens, vocabulary=model.padded_vocabulary, width=model.width
-        )
-        and fast_mlp_supported(device, dtype, tokens=tokens, width=model.width, hidden=model.mlp_width)
-        and fast_self_attention_supported(
-            device, dtype, tokens=tokens, width=model.width, heads=model.heads, head_width=model.head_width
-        )
+    resolved = dataclasses.replace(config, model=model)
+    attention_name = _choose(
+        "attention",
+        config.attention,
+        lambda: attention.unsupported(jnp.dtype(model.compute_dtype), model.head_width, BLOCK_SIZE, ATTENTION_SCALE),
+        device,
+        get_args(Implementation),
     )
-    if config.kernels == "fast" and not supported:
-        raise UsageError(
-            f"--kernels fast: needs an H100 or H200, its attention and a preset in bfloat16 with an FP8 head, not "
-            f"{config.preset} with --attention {config.attention} on {device.device_kind}; use --kernels plain or auto"
-        )
-    return "fast" if supported else "plain"
+    resolved = dataclasses.replace(resolved, attention=attention_name)
+    return dataclasses.replace(
+        resolved, kernels=_choose("kernels", config.kernels, lambda: _kernels_unsupported(resolved), device, KERNELS)
+    )
+
+
+def _choose(
+    option: str,
+    name: Implementation,
+    unsupported: Callable[[], str | None],
+    device: jax.Device,
+    names: tuple[Implementation, ...],
+) -> Implementation:
+    try:
+        return choose(f"--{option} {name}", name, unsupported, device=device, names=names)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _kernels_unsupported(config: Config) -> str | None:
+    """Return what the kernels of everything but attention need of a run, None where they have it."""
+    model, tokens, dtype = config.model, config.sequence_length, jnp.dtype(config.model.compute_dtype)
+    if config.attention != "hopper":
+        return f"--attention hopper, got {config.attention}"
+    channels = model.heads * model.head_width
+    return (
+        head.unsupported(model.head_precision, tokens, model.padded_vocab_size, model.width)
+        or mlp_unsupported(dtype, tokens, model.width, model.mlp_width)
+        or self_attention_unsupported(dtype, tokens, model.width, channels, model.head_width, model.head_width // 4)
+    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

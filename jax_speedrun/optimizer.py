@@ -1,6 +1,6 @@
-"""Muon for the hidden matrices, Adam for the rest, and the schedules of a run.
+"""Muon for the hidden matrices, Adam for the rest: the optimisers of a run.
 
-Everything is an optax transform or a plain function of the step, so the pieces
+Everything is an optax transform, so the pieces
 compose with `optax.partition`, `optax.chain`, `optax.inject_hyperparams` and
 schedules. Matrices are stored (output features, input features): rows are outputs.
 
@@ -20,16 +20,15 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from . import schedules
 from .banks import pack, unpack
 from .config import OptimizerConfig
-from .kernels.block_mask import BLOCK_SIZE
 from .muon import MuonState, muon, newton_schulz, widen
+from .schedules import learning_rate_factor
 from .sharding import Shards
 
 __all__ = [
     "adam",
-    "learning_rate_factor",
-    "momentum_schedule",
     "muon",
     "newton_schulz",
     "parameter_labels",
@@ -37,7 +36,6 @@ __all__ = [
     "shared_state",
     "state_specs",
     "whole_state",
-    "window_blocks",
 ]
 
 
@@ -88,32 +86,6 @@ def adam(
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
-def learning_rate_factor(
-    step: ArrayLike, steps: ArrayLike, cooldown_fraction: float = 0.4, final: float = 0.1
-) -> Array:
-    """What multiplies every learning rate: 1, then linearly down to `final` over the last `cooldown_fraction`."""
-    remaining = 1 - jnp.asarray(step) / steps
-    weight = jnp.clip(remaining / cooldown_fraction, 0, 1)
-    return weight + (1 - weight) * final
-
-
-def momentum_schedule(step: ArrayLike, warmup_steps: int) -> Array:
-    """Muon's momentum: linearly from 0.85 to 0.95 over `warmup_steps`, then constant."""
-    fraction = jnp.minimum(jnp.asarray(step) / warmup_steps, 1)
-    return 0.85 * (1 - fraction) + 0.95 * fraction
-
-
-def window_blocks(step: ArrayLike, steps: ArrayLike, final_window_tokens: int) -> Array:
-    """The long attention window at `step`, in blocks of 128 tokens: an int32 scalar, at least 1.
-
-    The window is the next multiple of 128 at or above `final_window_tokens * step / steps`.
-    Integer arithmetic, so exact, as long as `final_window_tokens * step` stays below 2^31.
-    """
-    step, steps = jnp.asarray(step, jnp.int32), jnp.asarray(steps, jnp.int32)
-    blocks = -(-(final_window_tokens * step) // (BLOCK_SIZE * steps))
-    return jnp.maximum(blocks, 1)
-
-
 def parameter_labels(params: optax.Params) -> optax.Params:
     """The parameters' tree with each leaf replaced by its group.
 
@@ -145,7 +117,7 @@ def recipe_optimizer(rates: OptimizerConfig, steps: int, shards: Shards | None =
         return lambda step: peak * learning_rate_factor(step, steps)
 
     def momentum(step: ArrayLike) -> Array:
-        return momentum_schedule(step, rates.momentum_warmup_steps)
+        return schedules.momentum(step, rates.momentum_warmup_steps)
 
     dtype, update_dtype = jnp.dtype(rates.newton_schulz_dtype), jnp.dtype(rates.update_dtype)
     return optax.partition(

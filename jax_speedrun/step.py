@@ -16,16 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import Config
-from .kernels.head_loss import HeadPrecision
+from .kernels.head import HeadPrecision
 from .model import GPT, model_graph
-from .optimizer import (
-    learning_rate_factor,
-    recipe_optimizer,
-    shared_state,
-    state_specs,
-    whole_state,
-    window_blocks,
-)
+from .optimizer import recipe_optimizer, shared_state, state_specs, whole_state
+from .schedules import learning_rate_factor, window_blocks
 from .sharding import DATA_AXIS, Shards, compiler_options, replicate, shards_of, split_sequences
 
 Params = dict[str, Any]
@@ -70,13 +64,9 @@ class Program(NamedTuple):
     saved: TrainState
 
 
-def make_program(config: Config, mesh: Mesh) -> Program:
-    """Build the functions of a run. Nothing is compiled yet."""
+def loss_function(config: Config) -> Callable[[Params, Array, Array, Array, HeadPrecision], Array]:
+    """Return (parameters, tokens_T, targets_T, window in blocks, precision) -> mean loss of one sequence in nats."""
     graph = model_graph(config.model)
-    shards = shards_of(mesh)
-    optimizer = recipe_optimizer(config.optimizer, config.steps, shards)
-    everywhere, over_data = PartitionSpec(), PartitionSpec(DATA_AXIS)
-    replicated, split = replicate(mesh), split_sequences(mesh)
 
     def sequence_loss(
         params: Params, tokens_T: Array, targets_T: Array, window: Array, precision: HeadPrecision
@@ -87,9 +77,20 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             targets_T,
             window,
             attention=config.attention,
-            kernels=config.kernel_path,
+            kernels=config.kernels,
             head_precision=precision,
         )
+
+    return sequence_loss
+
+
+def make_program(config: Config, mesh: Mesh) -> Program:
+    """Build the functions of a run. Nothing is compiled yet."""
+    sequence_loss = loss_function(config)
+    shards = shards_of(mesh)
+    optimizer = recipe_optimizer(config.optimizer, config.steps, shards)
+    everywhere, over_data = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    replicated, split = replicate(mesh), split_sequences(mesh)
 
     def init(seed: Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(GPT(config.model, nnx.Rngs(jax.random.key(seed)))))

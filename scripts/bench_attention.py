@@ -23,13 +23,13 @@ import matplotlib
 import numpy as np
 from jax import Array
 
-from jax_speedrun.data import TINY_DATA, first_tokens
+from jax_speedrun.data.batches import TINY_DATA, first_tokens
 from jax_speedrun.errors import UsageError
-from jax_speedrun.kernels import attention_hopper
-from jax_speedrun.kernels.attention import Implementation, block_sparse_attention, resolve_implementation
-from jax_speedrun.kernels.attention_hopper_walk import Walks, build_walks
+from jax_speedrun.kernels.attention import hopper as attention_hopper
+from jax_speedrun.kernels.attention.op import Implementation, block_sparse_attention, resolve_implementation
+from jax_speedrun.kernels.attention.schedule import Schedule, build_schedule
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks, visible_pairs
-from jax_speedrun.timing import milliseconds
+from jax_speedrun.tools.timing import milliseconds
 
 PEERS = ("hopper", "xla", "cudnn", "flex")
 SCALE = 0.12
@@ -84,14 +84,14 @@ def jax_peer(attend: Callable[..., Array]) -> Peer:
         # Peers that read lists get one number for all windows, and so compile once.
         blocks = case.blocks if attend is cudnn else 0
         # A step builds its masks once for all layers, so nobody's time includes that.
-        mask = (case.mask.documents, build_walks(case.mask)) if attend is hopper else case.mask
+        mask = (case.mask.documents, build_schedule(case.mask)) if attend is hopper else case.mask
         pull = saved(q, k, v, mask, blocks)
         return lambda: forward(q, k, v, mask, blocks), lambda: backward(pull, d_output)
 
     return runs
 
 
-def hopper(q: Array, k: Array, v: Array, mask: tuple[Array, Walks], blocks: int) -> Array:
+def hopper(q: Array, k: Array, v: Array, mask: tuple[Array, Schedule], blocks: int) -> Array:
     del blocks
     return attention_hopper.attend(SCALE, False, q, k, v, *mask)
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_speedrun.data import TINY_DATA, first_tokens
+from jax_speedrun.data.batches import TINY_DATA, first_tokens
 from jax_speedrun.errors import UsageError
-from jax_speedrun.kernels.embedding import TokenOrder, plain_gradient, sort_tokens
-from jax_speedrun.kernels.embedding_hopper import TOKENS, borders_of, hopper_gradient
-from jax_speedrun.timing import milliseconds
+from jax_speedrun.kernels.embedding.hopper import TOKENS, borders_of, hopper_gradient
+from jax_speedrun.kernels.embedding.op import TokenOrder, plain_gradient, sort_tokens
+from jax_speedrun.tools.timing import milliseconds
 
 TABLES = 4
 CALLS, ROUNDS = 20, 7
@@ -57,8 +57,8 @@ def gradients() -> dict[str, Gradient]:
 
 def table_bytes(order: TokenOrder, width: int) -> dict[str, float]:
     """Memory traffic of one table's gradient, bf16 in and out."""
-    length, vocabulary = order.sorted_T.shape[0], order.first_V.shape[0]
-    rows, table, present = length * width, vocabulary * width, int(jnp.sum(order.first_V < length)) * width
+    length, vocab_size = order.sorted_T.shape[0], order.first_V.shape[0]
+    rows, table, present = length * width, vocab_size * width, int(jnp.sum(order.first_V < length)) * width
     crossing = int(jnp.sum(borders_of(order).continues)) * width
     float32_table = 4 * table + 4 * table + 2 * table  # cleared, read, rounded
     return {
@@ -110,18 +110,18 @@ def run(args: argparse.Namespace) -> bool:
     """Whether every variant is right, and `hopper` repeats to the bit."""
     if args.length <= 0 or args.length % TOKENS:
         raise UsageError(f"--length {args.length}: must be a positive multiple of {TOKENS}")
-    tokens = jnp.asarray(first_tokens(args.data, args.length) % args.vocabulary)
+    tokens = jnp.asarray(first_tokens(args.data, args.length) % args.vocab_size)
     keys = jax.random.split(jax.random.key(0), TABLES)
     d_rows = [jax.random.normal(key, (args.length, args.width), jnp.bfloat16) for key in keys]
     sort = jax.jit(sort_tokens, static_argnums=1)
-    order = sort(tokens, args.vocabulary)
+    order = sort(tokens, args.vocab_size)
     device, counts = jax.devices()[0].device_kind, np.bincount(np.asarray(tokens))
     print(
-        f"{device}, jax {jax.__version__}, T = {args.length}, V = {args.vocabulary}, D = {args.width}, {TABLES} tables"
+        f"{device}, jax {jax.__version__}, T = {args.length}, V = {args.vocab_size}, D = {args.width}, {TABLES} tables"
     )
     print(f"{np.count_nonzero(counts)} ids, the most frequent {counts.max()} times")
     traffic = table_bytes(order, args.width)
-    sorting = milliseconds({"sort": lambda: sort(tokens, args.vocabulary)}, calls=CALLS, rounds=ROUNDS)["sort"]
+    sorting = milliseconds({"sort": lambda: sort(tokens, args.vocab_size)}, calls=CALLS, rounds=ROUNDS)["sort"]
     rows = [Row("sort", sorting, 64 * args.length / COPY_RATE * 1e3, 0, None, True)]
     for name in args.variants:
         rows.append(measure(name, gradients()[name], (tokens, d_rows, order), traffic[name]))
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> bool:
         print(f"{row.variant:9s} {row.ms:8.3f} {row.ms_by_bytes:9.3f} {row.temporary_bytes / 1e6:13.1f} {error:>12s}"
               f"  {'yes' if row.repeats else 'no'}")  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"device": device, "jax": jax.__version__, "shape": [args.length, args.vocabulary, args.width],
+    record = {"device": device, "jax": jax.__version__, "shape": [args.length, args.vocab_size, args.width],
               "rows": [dataclasses.asdict(row) for row in rows]}  # fmt: skip
     (args.out / "embedding.json").write_text(json.dumps(record, indent=1) + "\n")
     right = all(row.error_of_bound is None or row.error_of_bound <= 1 for row in rows)

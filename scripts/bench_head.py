@@ -24,20 +24,20 @@ import numpy as np
 from jax import Array, lax
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.kernels import head_loss as head
-from jax_speedrun.kernels.head_hopper import unsupported_shape
-from jax_speedrun.kernels.head_hopper_gradient import logit_gradient
-from jax_speedrun.kernels.head_hopper_logits import logits_and_totals
-from jax_speedrun.kernels.paths import KernelPath
+from jax_speedrun.kernels.head import op as head
+from jax_speedrun.kernels.head.hopper import unsupported
+from jax_speedrun.kernels.head.hopper_gradient import logit_gradient
+from jax_speedrun.kernels.head.hopper_logits import logits_and_totals
+from jax_speedrun.kernels.implementation import Implementation
 from jax_speedrun.sharding import compiler_options, make_mesh
-from jax_speedrun.timing import milliseconds
+from jax_speedrun.tools.timing import milliseconds
 
 INTERPRET = jax.default_backend() != "gpu"
 CALLS, ROUNDS = (1, 1) if INTERPRET else (5, 7)
 LARGEST_ERROR = 4e-3  # bfloat16 rounds to 2e-3 on average; sums of 14 bits are off by 8e-3
 BYTES, SPECIALS, INSTRUCTIONS = 3.0e12, 132 * 16 * 1.755e9, 132 * 128 * 1.755e9  # a second
 LOGITS_FLOPS, GRADIENT_FLOPS = 1190e12, 1530e12  # dx and dW together 6.6 ms at the record's sizes
-WHOLE: dict[KernelPath, tuple[str, ...]] = {  # path: its parts
+WHOLE: dict[Implementation, tuple[str, ...]] = {  # path: its parts
     "plain": ("logits, cuBLASLt", "middle, XLA", "dx, cuBLASLt", "dW, cuBLASLt"),
     "fast": ("logits and totals, kernel", "gradient, kernel", "dx, cuBLASLt", "dW, cuBLASLt"),
 }
@@ -55,17 +55,17 @@ class Row:
     ms: float
 
 
-def inputs(tokens: int, vocabulary: int, width: int) -> tuple[Array, Array, Array]:
+def inputs(tokens: int, vocab_size: int, width: int) -> tuple[Array, Array, Array]:
     """Normalised x, weights that spread z by about a half, ids: other words weigh little beside a token's own."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, width))
     x = (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True))).astype(jnp.bfloat16)
-    w = jax.random.normal(keys[1], (vocabulary, width)) * (0.5 / width**0.5)
-    return x, w, jax.random.randint(keys[2], (tokens,), 0, vocabulary)
+    w = jax.random.normal(keys[1], (vocab_size, width)) * (0.5 / width**0.5)
+    return x, w, jax.random.randint(keys[2], (tokens,), 0, vocab_size)
 
 
 @functools.cache
-def whole(precision: head.HeadPrecision, implementation: KernelPath, chunk: int) -> Callable[..., Any]:
+def whole(precision: head.HeadPrecision, implementation: Implementation, chunk: int) -> Callable[..., Any]:
     interpret = INTERPRET and implementation == "fast"
 
     def loss(x: Array, w: Array, targets: Array) -> Array:
@@ -74,11 +74,11 @@ def whole(precision: head.HeadPrecision, implementation: KernelPath, chunk: int)
     return jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
-def errors(tokens: int, vocabulary: int, width: int) -> dict[str, list[float]]:
+def errors(tokens: int, vocab_size: int, width: int) -> dict[str, list[float]]:
     """Relative error of loss, dx and dW, by path and truth."""
-    arguments = inputs(tokens, vocabulary, width)
+    arguments = inputs(tokens, vocab_size, width)
 
-    def results(precision: head.HeadPrecision, implementation: KernelPath = "plain") -> list[np.ndarray]:
+    def results(precision: head.HeadPrecision, implementation: Implementation = "plain") -> list[np.ndarray]:
         loss, (dx, dw) = whole(precision, implementation, tokens)(*arguments)
         return [np.asarray(part, np.float64) for part in (loss, dx, dw)]
 
@@ -114,8 +114,8 @@ def xla_recomputed_middle(z: Array, targets: Array) -> tuple[Array, Array]:
     return d_z, lax.optimization_barrier(d_z).T
 
 
-def parts(chunk: int, vocabulary: int, width: int) -> Timed:
-    x, w, targets = inputs(chunk, vocabulary, width)
+def parts(chunk: int, vocab_size: int, width: int) -> Timed:
+    x, w, targets = inputs(chunk, vocab_size, width)
     x8, w8 = head._operand(x, "fp8", head.X_SCALE), head._operand(w, "fp8", head.W_SCALE)
     product = jit(functools.partial(head._logits, precision="fp8"))
     unscale = 1 / (head.X_SCALE * head.W_SCALE)
@@ -126,7 +126,7 @@ def parts(chunk: int, vocabulary: int, width: int) -> Timed:
     total, today, recomputed = jit(xla_total), jit(xla_middle), jit(xla_recomputed_middle)
     z = product(x8, w8)
     log2_total, (_, d_z, d_z_turned) = total(z), today(z, targets)
-    d_head = [jnp.zeros((vocabulary, width))]
+    d_head = [jnp.zeros((vocab_size, width))]
 
     def accumulate() -> Array:
         d_head[0] = add(d_head[0], d_z_turned, x8)
@@ -135,7 +135,7 @@ def parts(chunk: int, vocabulary: int, width: int) -> Timed:
     def limit(items: float, specials: float = 0, instructions: float = 0, flops: float = 0) -> float:
         """Of a pass: bytes, special functions and instructions for each logit, and the rate of its product."""
         product_seconds = 2 * width / flops if flops else 0
-        return vocabulary * max(items / BYTES, specials / SPECIALS, instructions / INSTRUCTIONS, product_seconds)
+        return vocab_size * max(items / BYTES, specials / SPECIALS, instructions / INSTRUCTIONS, product_seconds)
 
     return {
         "logits, cuBLASLt": (lambda: product(x8, w8), limit(2, flops=LOGITS_FLOPS)),
@@ -161,7 +161,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("tokens", "error_tokens", "chunks"):
         for tokens in np.atleast_1d(getattr(options, name)):
             option = f"--{name.replace('_', '-')} {tokens}"
-            if tokens <= 0 or (reason := unsupported_shape(int(tokens), options.vocabulary, options.width)):
+            if tokens <= 0 or (reason := unsupported(int(tokens), options.vocab_size, options.width)):
                 raise UsageError(f"{option}: the kernels need {reason if tokens > 0 else 'at least one token'}")
             if name == "chunks" and options.tokens % tokens:
                 raise UsageError(f"{option}: must divide --tokens {options.tokens}")
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> bool:
     """Whether every path is right."""
-    sizes = options.vocabulary, options.width
+    sizes = options.vocab_size, options.width
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T = {options.tokens}, V = {sizes[0]}, D = {sizes[1]}"
     )

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.kernels.mlp import mlp, relu_squared
-from jax_speedrun.kernels.mlp_hopper import relu_squared_product, slope_product
-from jax_speedrun.kernels.product_hopper import unsupported_shape
-from jax_speedrun.kernels.residual import inverse_rms, linear
-from jax_speedrun.kernels.residual_hopper import sum_product
-from jax_speedrun.kernels.rotary_hopper import HEAD_WIDTH, ROTATED, rotary_product
+from jax_speedrun.kernels.hopper.matmul import unsupported
+from jax_speedrun.kernels.hopper.rotary import HEAD_WIDTH, ROTATED, matmul_norm_rotary
+from jax_speedrun.kernels.layer.mlp import mlp, relu_squared
+from jax_speedrun.kernels.layer.mlp_hopper import matmul_relu_squared, matmul_slope
+from jax_speedrun.kernels.layer.residual import linear, rstd
+from jax_speedrun.kernels.layer.residual_hopper import matmul_add
 from jax_speedrun.model import mix
-from jax_speedrun.timing import milliseconds
+from jax_speedrun.tools.timing import milliseconds
 
 if __name__ == "__main__":  # before JAX starts: its interpreter needs a CPU thread for each warpgroup
     jax.config.update("jax_num_cpu_devices", 8)
@@ -68,7 +68,7 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
         normal(*shape, size=0.5 / shape[1] ** 0.5)
         for shape in ((hidden, width), (width, hidden), (width, hidden), (width, width), (width, 3 * width))
     )
-    proj_turned, scale = proj.T, inverse_rms(x, 1e-6)
+    proj_turned, scale = proj.T, rstd(x, 1e-6)
     along, half = -0.01 * scale, 0.5 * scale
     angle = jax.random.normal(next(keys), (tokens, ROTATED))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -79,7 +79,7 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
 
     def sum_and_inverse_rms(x: Array, y: Array, w: Array) -> tuple[Array, Array]:
         total = x + linear(y, w)
-        return total, inverse_rms(total, 1e-6)
+        return total, rstd(total, 1e-6)
 
     def slope(dy: Array, p: Array, s: Array, r2: Array) -> Array:
         return (wide(linear(dy, p)) * 2 * s[:, None] * jnp.sqrt(wide(r2))).astype(dy.dtype)
@@ -99,26 +99,26 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
         return turned.reshape(tokens, -1).astype(x.dtype)
 
     def kernel_with_terms(z: Array, w: Array, dy: Array, along: Array, x: Array) -> Any:
-        return sum_product(z, w, (None, dy), addend=(x, along), interpret=INTERPRET)
+        return matmul_add(z, w, (None, dy), addend=(x, along), interpret=INTERPRET)
 
     return [
         Case("relu(s x W^T)^2", (x, fc, scale),
              lambda x, w, s: relu_squared(linear(x, w), s),
-             lambda x, w, s: relu_squared_product(x, w, s, interpret=INTERPRET), (x, fc)),
+             lambda x, w, s: matmul_relu_squared(x, w, s, interpret=INTERPRET), (x, fc)),
         Case("(dy P) 2 s sqrt(r2)", (y, proj_turned, scale, r2), slope,
-             lambda dy, p, s, r2: slope_product(dy, p, s, r2, interpret=INTERPRET), (y, proj_turned)),
+             lambda dy, p, s, r2: matmul_slope(dy, p, s, r2, interpret=INTERPRET), (y, proj_turned)),
         Case("x + r2 P^T", (x, r2, proj),
              lambda x, r2, p: x + linear(r2, p),
-             lambda x, r2, p: sum_product(r2, p, (None, x), interpret=INTERPRET), (r2, proj)),
+             lambda x, r2, p: matmul_add(r2, p, (None, x), interpret=INTERPRET), (r2, proj)),
         Case("dz W + dy + c x", (dz, fc_turned, y, along, x), with_terms, kernel_with_terms, (dz, fc_turned)),
         Case("d_qkv W + dx + c x", (d_qkv, qkv_turned, y, along, x), with_terms, kernel_with_terms,
              (d_qkv, qkv_turned)),
         Case("x + y W^T and its inverse rms", (x, y, square), sum_and_inverse_rms,
-             lambda x, y, w: sum_product(y, w, (None, x), squares=True, interpret=INTERPRET), (y, square)),
+             lambda x, y, w: matmul_add(y, w, (None, x), squares=True, interpret=INTERPRET), (y, square)),
         Case("rotate(norm(s x W^T))", (x, square, scale, cos, sin), rotated,
-             lambda *a: rotary_product(*a, epsilon=1e-6, interpret=INTERPRET), (x, square)),
+             lambda *a: matmul_norm_rotary(*a, epsilon=1e-6, interpret=INTERPRET), (x, square)),
         Case("s x W^T + c e", (x, square, scale, half, y), value,
-             lambda x, w, s, half, e: sum_product(x, w, (half, e), s, interpret=INTERPRET), (x, square)),
+             lambda x, w, s, half, e: matmul_add(x, w, (half, e), s, interpret=INTERPRET), (x, square)),
         Case("mix of x and x0", (jnp.array([0.7, 0.4]), x, y), mix, None, None),
         Case("x W^T, D to F", (x, fc), linear, None, (x, fc)),
         Case("x W^T, F to D", (dz, proj), linear, None, (dz, proj)),
@@ -129,7 +129,7 @@ def cases(tokens: int, width: int, hidden: int) -> list[Case]:
 def whole_mlp(implementation: Any) -> Callable[..., Any]:
     def run(x: Array, dy: Array, fc: Array, proj: Array) -> Any:
         def output(x: Array, fc: Array, proj: Array) -> Array:
-            return mlp(x, inverse_rms(x, 1e-6), fc, proj, implementation, interpret=INTERPRET)
+            return mlp(x, rstd(x, 1e-6), fc, proj, implementation, interpret=INTERPRET)
 
         y, pull = jax.vjp(output, x, fc, proj)
         return y, *pull(dy)
@@ -182,7 +182,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench_products"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args(arguments)
     for sizes in ((options.width, options.hidden), (options.hidden, options.width)):
-        if reason := unsupported_shape(options.tokens, *sizes):
+        if reason := unsupported(options.tokens, *sizes):
             raise UsageError(f"--tokens, --width, --hidden: the kernels need {reason}")
     return options
 

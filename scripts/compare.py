@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from jax_speedrun.comparison.worker import PARTS, WINDOWS, run_job
+from jax_speedrun.tools.comparison.worker import PARTS, WINDOWS, run_job
 
 
 def numbers(text: str) -> list[int]:
@@ -75,13 +75,13 @@ def work(framework: str, job_file: str) -> None:
     """A worker's whole life. Its last line on standard output is the result."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if framework == "jax":
-        from jax_speedrun.comparison.jax_side import JaxSide
+        from jax_speedrun.tools.comparison.jax_side import JaxSide
 
         result = run_job(JaxSide(job), job)
     else:
         import reference_torch
 
-        from jax_speedrun.comparison.torch_side import TorchSide
+        from jax_speedrun.tools.comparison.torch_side import TorchSide
 
         result = run_job(TorchSide(job, reference_torch), job)
     print(json.dumps(result), flush=True)
@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         work(*options.worker)
         return 0
     # Not above: a worker's Python may have PyTorch alone.
-    from jax_speedrun.comparison.modes import run
     from jax_speedrun.errors import UsageError
+    from jax_speedrun.tools.comparison.modes import run
 
     try:
         return run(options)

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jax_speedrun.config import PRESETS, Config
-from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
+from jax_speedrun.data.batches import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels.attention.drawing import count_blocks, draw_masks
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, long_short_masks
-from jax_speedrun.kernels.mask_drawing import count_blocks, draw_masks
-from jax_speedrun.optimizer import window_blocks
+from jax_speedrun.schedules import window_blocks
 
 
 def parse_arguments() -> argparse.Namespace:

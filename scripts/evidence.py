@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.evidence import TARGET, draw, read_runs, report
+from jax_speedrun.tools.significance import TARGET, draw, read_runs, report
 
 
 def parse_arguments() -> argparse.Namespace:

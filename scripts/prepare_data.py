@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from jax_speedrun.data.fineweb import FINEWEB_TRAIN_SHARDS, fetch_fineweb
+from jax_speedrun.data.tokenise import load_encoding, prepare_text
 from jax_speedrun.errors import UsageError
-from jax_speedrun.fineweb import FINEWEB_TRAIN_SHARDS, fetch_fineweb
-from jax_speedrun.prepare import load_encoding, prepare_text
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import get_args
 
 import jax
 import numpy as np
@@ -20,14 +19,22 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from jax_speedrun.comparison.worker import step_of_window
-from jax_speedrun.compilation import Call, compile_together
-from jax_speedrun.config import PRESETS, Config, Kernels, resolve
-from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
+from jax_speedrun.config import KERNELS, PRESETS, Config, resolve
+from jax_speedrun.data.batches import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
-from jax_speedrun.profiling import PARTS, Kernel, Part, attribute, exposed_communication, instruction_parts, kernels
+from jax_speedrun.run.compilation import Call, compile_together
+from jax_speedrun.schedules import step_of_window
 from jax_speedrun.sharding import make_mesh, replicate, split_sequences
 from jax_speedrun.step import make_program
+from jax_speedrun.tools.profiling import (
+    PARTS,
+    Kernel,
+    Part,
+    attribute,
+    exposed_communication,
+    instruction_parts,
+    kernels,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=10, metavar="N", help="steps to profile (default 10)")
     p.add_argument("--sequence-length", type=int, metavar="T", help="default: the preset's")
     p.add_argument("--mesh", type=int, metavar="N", help="devices")
-    p.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="as in train.py (default auto)")
+    p.add_argument("--kernels", choices=KERNELS, default="auto", help="as in train.py (default auto)")
     p.add_argument("--kernels-shown", type=int, default=4, metavar="N", help="the longest kernels of each part")
     p.add_argument("--out", type=Path, metavar="DIR", help="keep the trace, parts.json and the program's HLO there")
     return p

@@ -55,8 +55,8 @@ EAGER_HEAD_CHUNKS = 8
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    vocabulary: int = 50257
-    padded_vocabulary: int = 50304
+    vocab_size: int = 50257
+    padded_vocab_size: int = 50304
     layers: int = 12
     width: int = 768
     heads: int = 6
@@ -298,12 +298,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         channels = config.heads * config.head_width
-        self.qkv_3DD = nn.Parameter(uniform_matrix(3, channels, config.width))
+        self.qkv_3CD = nn.Parameter(uniform_matrix(3, channels, config.width))
         self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
-        self.out_DD = nn.Parameter(torch.zeros(config.width, channels))
+        self.out_DC = nn.Parameter(torch.zeros(config.width, channels))
 
     def forward(self, x_TD: Tensor, value_embedding_TC: Tensor | None, mask: BlockMask, angles: Tensor) -> Tensor:
-        q_TC, k_TC, v_TC = linear(x_TD, self.qkv_3DD.flatten(0, 1)).chunk(3, dim=-1)
+        q_TC, k_TC, v_TC = linear(x_TD, self.qkv_3CD.flatten(0, 1)).chunk(3, dim=-1)
         if value_embedding_TC is None:
             v_TC = mix(self.lambdas[:1], v_TC)
         else:
@@ -311,7 +311,7 @@ class Attention(nn.Module):
         q_THK, k_THK, v_THK = (x.unflatten(-1, (self.heads, -1)) for x in (q_TC, k_TC, v_TC))
         q_THK, k_THK = rotate(norm(q_THK), angles), rotate(norm(k_THK), angles)
         y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask)
-        return linear(y_THK.flatten(-2), self.out_DD)
+        return linear(y_THK.flatten(-2), self.out_DC)
 
 
 class MLP(nn.Module):
@@ -341,21 +341,21 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Parameters are named as in model.py, with dots: `blocks.0.attention.qkv_3DD`."""
+    """Parameters are named as in model.py, with dots: `blocks.0.attention.qkv_3CD`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
 
         def table(width: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(config.vocabulary, width).to(getattr(torch, config.table_dtype)))
+            return nn.Parameter(torch.randn(config.vocab_size, width).to(getattr(torch, config.table_dtype)))
 
         self.embed = table(config.width)
         channels = config.heads * config.head_width
         self.value_embeds = nn.ParameterList(table(channels) for _ in range(config.value_embedding_tables))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.skip_weights = nn.Parameter(torch.ones(config.layers // 2))
-        self.head = nn.Parameter(torch.zeros(config.padded_vocabulary, config.width))
+        self.head = nn.Parameter(torch.zeros(config.padded_vocab_size, config.width))
 
     def hidden(self, tokens_T: Tensor, window_blocks: Tensor) -> Tensor:
         config, dtype = self.config, getattr(torch, self.config.compute_dtype)
@@ -623,8 +623,8 @@ def train(
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from jax_speedrun.data import TokenBatches, find_shards, prefetch, validation_sequences
-    from jax_speedrun.runlog import RunLog, StepClock
+    from jax_speedrun.data.batches import TokenBatches, find_shards, prefetch, validation_sequences
+    from jax_speedrun.run.log import RunLog, StepClock
 
     steps, device = training.steps, training.device
     rank, share = dist.get_rank() if dist.is_initialized() else 0, sequences // processes()

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 from jax_speedrun.config import PRESETS
-from jax_speedrun.data import TokenBatches, find_shards
+from jax_speedrun.data.batches import TokenBatches, find_shards
 from jax_speedrun.errors import UsageError
 
 SCRIPTS = Path(__file__).parent

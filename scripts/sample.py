@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from jax_speedrun.data.tokenise import load_encoding
 from jax_speedrun.errors import UsageError
-from jax_speedrun.prepare import load_encoding
-from jax_speedrun.sample import generate, load
+from jax_speedrun.tools.sampling import generate, load
 
 
 def main(arguments: list[str] | None = None) -> int:

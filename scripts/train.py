@@ -7,18 +7,18 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from jax_speedrun import checkpoint, distributed
-from jax_speedrun.communication import describe_scaling
-from jax_speedrun.compilation import keep_compiled_programs
-from jax_speedrun.config import PRESETS, Config, Kernels, from_dict, recipe_differences, resolve
-from jax_speedrun.data import TINY_DATA, find_shards
+from jax_speedrun.config import KERNELS, PRESETS, Config, from_dict, recipe_differences, resolve
+from jax_speedrun.data.batches import TINY_DATA, find_shards
 from jax_speedrun.errors import UsageError
-from jax_speedrun.kernels.attention import Implementation
-from jax_speedrun.loop import DivergedError
-from jax_speedrun.plan import describe
-from jax_speedrun.program_store import store_for
+from jax_speedrun.kernels.attention.op import Implementation
+from jax_speedrun.run import checkpoint, distributed
+from jax_speedrun.run.compilation import keep_compiled_programs
+from jax_speedrun.run.loop import DivergedError
+from jax_speedrun.run.program_cache import store_for
+from jax_speedrun.run.train import train
 from jax_speedrun.sharding import make_mesh, start_devices
-from jax_speedrun.train import train
+from jax_speedrun.tools.communication import describe_scaling
+from jax_speedrun.tools.plan import describe
 
 FINEWEB_DATA = Path("data/fineweb10B")
 
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     )
     change.add_argument(
         "--kernels",
-        choices=get_args(Kernels),
+        choices=KERNELS,
         help="for everything but attention: kernels for H100 and H200 (fast), or JAX alone (plain); auto (default) "
         "picks fast where it runs",
     )

@@ -107,7 +107,7 @@ def attention(
     heads: int,
     head_width: int,
 ) -> Float:
-    q_THK, k_THK, v_THK = ((x_TD @ w.T).reshape(len(x_TD), heads, head_width) for w in array(weights["qkv_3DD"]))
+    q_THK, k_THK, v_THK = ((x_TD @ w.T).reshape(len(x_TD), heads, head_width) for w in array(weights["qkv_3CD"]))
     mix_v, mix_embedding = array(weights["lambdas"])
     v_THK = mix_v * v_THK
     if value_embedding is not None:
@@ -121,7 +121,7 @@ def attention(
         weights_TS = np.exp(scores_TS - scores_TS.max(axis=1, keepdims=True))
         weights_TS /= weights_TS.sum(axis=1, keepdims=True)
         out_THK[:, head] = weights_TS @ v_THK[:, head]
-    out_TD: Float = out_THK.reshape(len(x_TD), -1) @ array(weights["out_DD"]).T
+    out_TD: Float = out_THK.reshape(len(x_TD), -1) @ array(weights["out_DC"]).T
     return out_TD
 
 

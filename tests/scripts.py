@@ -2,10 +2,11 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from tests.paths import ROOT
+
+SCRIPTS = ROOT / "scripts"
 
 
 def load_script(name: str) -> ModuleType:

@@ -17,16 +17,16 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_speedrun.config import PRESETS, Config, ModelConfig, OptimizerConfig
-from jax_speedrun.data import write_shard
+from jax_speedrun.data.batches import write_shard
+from tests.paths import ROOT
 from tests.scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
 SMALL = Config(
     "small",
     model=ModelConfig(
-        vocabulary=VOCABULARY,
-        padded_vocabulary=VOCABULARY,
+        vocab_size=VOCABULARY,
+        padded_vocab_size=VOCABULARY,
         layers=2,
         width=16,
         heads=1,

@@ -3,11 +3,11 @@
 import doctest
 import re
 import textwrap
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.paths import ROOT
+
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 COURSE = ROOT / "docs" / "block-sparse-attention.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")

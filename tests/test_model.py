@@ -11,16 +11,16 @@ import pytest
 from flax import nnx
 
 from jax_speedrun.config import PRESETS, ModelConfig
-from jax_speedrun.kernels.attention_reference import reference_attention
+from jax_speedrun.kernels.attention.reference import reference_attention
 from jax_speedrun.kernels.block_mask import long_short_masks
-from jax_speedrun.kernels.residual import inverse_rms
+from jax_speedrun.kernels.layer.residual import rstd
 from jax_speedrun.model import GPT
 from tests.hlo import dot_flops, text
 from tests.numpy_model import forward_loss
 
 CONFIG = ModelConfig(
-    vocabulary=50257,
-    padded_vocabulary=256,
+    vocab_size=50257,
+    padded_vocab_size=256,
     layers=6,
     width=32,
     heads=2,
@@ -132,13 +132,13 @@ def test_the_scale_of_a_norm_is_known(monkeypatch):
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def counted(x_TD, epsilon):
-        return inverse_rms(x_TD, epsilon)
+        return rstd(x_TD, epsilon)
 
     differentiated = []
 
     def backward(epsilon, x_TD, d_scale_T):
         differentiated.append(x_TD.shape)
-        return jax.vjp(lambda x_TD: inverse_rms(x_TD, epsilon), x_TD)[1](d_scale_T)
+        return jax.vjp(lambda x_TD: rstd(x_TD, epsilon), x_TD)[1](d_scale_T)
 
     counted.defvjp(lambda x_TD, epsilon: (counted(x_TD, epsilon), x_TD), backward)
     monkeypatch.setattr("jax_speedrun.model.inverse_rms", counted)
@@ -165,15 +165,15 @@ def test_initial_loss_is_uniform_and_parameters_are_the_records():
 
 def test_initial_values():
     model = GPT(CONFIG, nnx.Rngs(3))
-    qkv = np.asarray(model.blocks[0].attention.qkv_3DD[...])
+    qkv = np.asarray(model.blocks[0].attention.qkv_3CD[...])
     np.testing.assert_allclose(qkv.std(), 0.5 / np.sqrt(CONFIG.width), rtol=0.05)
     assert abs(qkv).max() <= np.sqrt(3) * 0.5 / np.sqrt(CONFIG.width)
     np.testing.assert_allclose(np.asarray(model.embed[...]).std(), 1, rtol=0.01)
-    for zero in (model.head, model.blocks[0].attention.out_DD, model.blocks[0].mlp.proj_DF):
+    for zero in (model.head, model.blocks[0].attention.out_DC, model.blocks[0].mlp.proj_DF):
         assert not np.asarray(zero[...]).any()
     tokens = jnp.arange(128)
     loss = model.loss(tokens, tokens, jnp.int32(1), head_precision="float32")
-    np.testing.assert_allclose(float(loss), np.log(CONFIG.padded_vocabulary), rtol=1e-6)
+    np.testing.assert_allclose(float(loss), np.log(CONFIG.padded_vocab_size), rtol=1e-6)
 
 
 def test_bfloat16_stays_near_float32():

@@ -29,9 +29,9 @@ def random_params(seed: int = 0) -> dict[str, Any]:
 
     def block(layer: int) -> dict[str, Any]:
         attention_weights = {
-            "qkv_3DD": matrix(3, WIDTH, WIDTH),
+            "qkv_3CD": matrix(3, WIDTH, WIDTH),
             "lambdas": rng.standard_normal(2),
-            "out_DD": matrix(WIDTH, WIDTH),
+            "out_DC": matrix(WIDTH, WIDTH),
         }
         rest = {} if layer == 2 else {"attention": attention_weights}
         return {
@@ -88,7 +88,7 @@ def test_identity_network_predicts_the_embedding() -> None:
         block["lambdas"] = np.array([1.0, 0.0])
         block["mlp"]["proj_DF"] = np.zeros((WIDTH, MLP))
         if "attention" in block:
-            block["attention"]["out_DD"] = np.zeros((WIDTH, WIDTH))
+            block["attention"]["out_DC"] = np.zeros((WIDTH, WIDTH))
     tokens = random_tokens(128, [0])
     # Every skip adds a multiple of the same x0, and the last norm takes the factor out again.
     params["skip_weights"] = np.array([0.5, 2.0])
@@ -109,7 +109,7 @@ def test_skips_pair_the_last_pushed_with_the_first_popped() -> None:
         block["lambdas"] = np.array([layer + 2.0, 0.0])
         block["mlp"]["proj_DF"] = np.zeros((WIDTH, MLP))
         if "attention" in block:
-            block["attention"]["out_DD"] = np.zeros((WIDTH, WIDTH))
+            block["attention"]["out_DC"] = np.zeros((WIDTH, WIDTH))
     # Outputs 2, 6, then (6 + 6 a) 4, then (24 + 24 a + 2 b) 5: zero for a = 1, b = -24.
     params["skip_weights"] = np.array([1.0, -24.0])
     tokens = random_tokens(128, [0])
@@ -120,7 +120,7 @@ def test_skips_pair_the_last_pushed_with_the_first_popped() -> None:
 def test_uniform_attention_averages_the_visible_values() -> None:
     rng = np.random.default_rng(4)
     qkv = np.stack([np.zeros((WIDTH, WIDTH)), np.zeros((WIDTH, WIDTH)), np.eye(WIDTH)])
-    weights = {"qkv_3DD": qkv, "lambdas": np.array([2.0, 3.0]), "out_DD": np.eye(WIDTH)}
+    weights = {"qkv_3CD": qkv, "lambdas": np.array([2.0, 3.0]), "out_DC": np.eye(WIDTH)}
     x, embedding = rng.standard_normal((2, 256, WIDTH))
     mask = visible(random_tokens(256, [0, 100, 200]), 1)
     out = attention(weights, x, embedding, mask, HEADS, WIDTH // HEADS)

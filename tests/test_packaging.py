@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from jax_speedrun.kernels.paths import SPILLING_JAX
+from jax_speedrun.kernels.implementation import SPILLING_JAX
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in [*(ROOT / "jax_speedrun").glob("*.py"), *(ROOT / "jax_speedrun" / "comparison").glob("*.py")]
@@ -67,9 +66,14 @@ def test_every_script_explains_itself(script, tmp_path):
 
 def test_package_holds_its_kernels_and_data():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert packages == ["jax_speedrun", "jax_speedrun.kernels", "jax_speedrun.comparison", "jax_speedrun.tiny"]
+    assert packages == [
+        "jax_speedrun",
+        "jax_speedrun.kernels",
+        "jax_speedrun.tools.comparison",
+        "jax_speedrun.data.tiny",
+    ]
     assert (ROOT / "jax_speedrun" / "kernels").resolve() == ROOT / "kernels"
-    assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "tiny").iterdir()) < 3_000_000
+    assert sum(path.stat().st_size for path in (ROOT / "jax_speedrun" / "data" / "tiny").iterdir()) < 3_000_000
 
 
 @pytest.mark.parametrize("extra", ["cuda12", "cuda13"])

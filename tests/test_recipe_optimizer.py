@@ -130,9 +130,9 @@ def recipe_params(layers: int, width: int, without_attention: int) -> dict[str, 
 
     def block(layer: int) -> dict[str, Any]:
         attention = {
-            "qkv_3DD": jnp.ones((3, width, width)),
+            "qkv_3CD": jnp.ones((3, width, width)),
             "lambdas": jnp.ones(2),
-            "out_DD": jnp.ones((width, width)),
+            "out_DC": jnp.ones((width, width)),
         }
         mlp = {"fc_FD": jnp.ones((4 * width, width)), "proj_DF": jnp.ones((width, 4 * width))}
         rest = {} if layer == without_attention else {"attention": attention}
@@ -158,7 +158,7 @@ def test_labels() -> None:
         "blocks": {
             0: {
                 "lambdas": "scalars",
-                "attention": {"qkv_3DD": "hidden", "out_DD": "hidden", "lambdas": "scalars"},
+                "attention": {"qkv_3CD": "hidden", "out_DC": "hidden", "lambdas": "scalars"},
                 "mlp": mlp,
             },
             1: {"lambdas": "scalars", "mlp": mlp},

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jax_speedrun.banks import banks, pack, unpack
 from jax_speedrun.config import PRESETS, Config, OptimizerConfig
-from jax_speedrun.data import TINY_DATA, TokenBatches, find_shards
+from jax_speedrun.data.batches import TINY_DATA, TokenBatches, find_shards
 from jax_speedrun.optimizer import muon, recipe_optimizer, shared_state, state_specs, whole_state
 from jax_speedrun.sharding import DATA_AXIS, compiler_options, make_mesh, replicate, shards_of
 from jax_speedrun.step import Program, make_program
@@ -30,8 +30,8 @@ SMALL = Config(
     "small",
     model=dataclasses.replace(
         PRESETS["tiny"].model,
-        vocabulary=49,
-        padded_vocabulary=56,
+        vocab_size=49,
+        padded_vocab_size=56,
         layers=4,
         width=32,
         mlp_width=64,

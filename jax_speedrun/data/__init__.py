@@ -1,0 +1,1 @@
+"""Token shards: how they are made, fetched, checked and cut into batches."""

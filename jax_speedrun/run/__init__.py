@@ -1,0 +1,1 @@
+"""A run: the loop around the step, its folder, checkpoints, processes and compiled programs."""

@@ -1,0 +1,147 @@
+"""How programs are compiled: several side by side, their kernels first, and kept between runs."""
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled, Lowered, Wrapped
+
+from .program_cache import ProgramStore
+
+MAX_BYTES = 4 << 30
+"""The least recently used programs go when there is more."""
+
+KERNEL_CALL = "mosaic_gpu_v2"
+"""What XLA calls to compile and launch a Pallas kernel on a GPU."""
+
+
+def keep_compiled_programs() -> Path | None:
+    """Switch JAX's persistent compilation cache on, unless the user has chosen a folder (JAX_COMPILATION_CACHE_DIR).
+
+    A cached program is executed without question, so the folder must be one that nobody else can
+    write: `$XDG_CACHE_HOME/jax_speedrun`, by default `~/.cache/jax_speedrun`, made with mode 0700.
+
+    Returns:
+      The folder, or None if there is no such folder to be had. Then every run compiles anew.
+    """
+    if chosen := jax.config.jax_compilation_cache_dir:
+        return Path(chosen)
+    folder = _cache_home() / "jax_speedrun"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    return folder
+
+
+def _cache_home() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
+
+
+class Call(NamedTuple):
+    """A jitted function and arguments to compile it for: trees of arrays, or of shapes with shardings."""
+
+    function: Wrapped
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", "program")
+
+
+def compile_together(*calls: Call, store: ProgramStore | None = None, made_from: str = "") -> list[Compiled]:
+    """Compile programs side by side, on all cores, or take them from `store`.
+
+    XLA would compile the kernels of a program one after the other, a second or two each. But a process compiles no
+    kernel that it has compiled before. So each is first compiled as a program of its own, all at the same time, while
+    Python lowers the next program.
+
+    Args:
+      calls: what to compile.
+      store: where to look first, and to keep what was compiled; what came from JAX's own cache stays there alone.
+      made_from: for the store: what the functions depend on, in words.
+    """
+    kernels: dict[bytes, Future[Compiled]] = {}
+
+    def load(call: Call) -> Compiled | None:
+        return None if store is None else store.load(call.name, made_from, call.arguments)
+
+    def compile_kernel(attributes: dict[str, Any]) -> Compiled:
+        return kernel_program(attributes).lower().compile()
+
+    def compile_after(needed: list[Future[Compiled]], call: Call, lowered: Lowered) -> Compiled:
+        wait(needed)
+        _thread.hits = 0
+        program = lowered.compile()
+        # What JAX's cache has read back need not survive being written again: on a CPU it loses its functions.
+        if store is not None and not _thread.hits:
+            store.save(call.name, made_from, call.arguments, program)
+        return program
+
+    # Threads take what was submitted first, so those that wait never keep the kernels from being compiled.
+    with ThreadPoolExecutor() as pool:
+        programs: list[Compiled | Future[Compiled]] = []
+        for call, loaded in zip(calls, pool.map(load, calls), strict=True):
+            if loaded is not None:
+                programs.append(loaded)
+                continue
+            lowered = call.function.lower(*call.arguments)
+            for attributes in kernel_calls(lowered):
+                if (key := attributes["kernel_hash"]) not in kernels:
+                    kernels[key] = pool.submit(compile_kernel, attributes)
+            programs.append(pool.submit(compile_after, list(kernels.values()), call, lowered))
+        return [program.result() if isinstance(program, Future) else program for program in programs]
+
+
+_thread = threading.local()
+"""`hits`: programs that JAX's cache has given this thread."""
+
+
+def _count_hits(event: str, **_: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.hits = getattr(_thread, "hits", 0) + 1
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:
+    """The attributes of each call of a Pallas kernel in a program lowered for a GPU: its hash, its code, its flags."""
+
+    def walk(operation: Any) -> Iterator[dict[str, Any]]:
+        for region in operation.regions:
+            for block in region.blocks:
+                for inner in block.operations:
+                    found = inner.operation
+                    if found.name == "stablehlo.custom_call":
+                        if found.attributes["call_target_name"].value == KERNEL_CALL:
+                            yield {item.name: _value(item.attr) for item in found.attributes["mhlo.backend_config"]}
+                    else:
+                        yield from walk(found)
+
+    module: Any = program.compiler_ir("stablehlo")
+    yield from walk(module.operation)
+
+
+def kernel_program(attributes: dict[str, Any]) -> Wrapped:
+    """A program with nothing but one kernel, to be compiled and never run, so it needs none of the kernel's arrays."""
+    call = jax.ffi.ffi_call(KERNEL_CALL, jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
+    return jax.jit(lambda: call(**attributes))
+
+
+def _value(attribute: Any) -> Any:
+    """An MLIR attribute as `jax.ffi.ffi_call` takes it."""
+    return attribute.value_bytes if hasattr(attribute, "value_bytes") else attribute.value

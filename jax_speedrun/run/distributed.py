@@ -1,0 +1,254 @@
+"""Several processes, one run: how they find each other, agree, share the data, and end when one of them is lost.
+
+All of them run the same program on the same arguments. A single process passes through
+here untouched.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax._src.distributed import global_state  # the client has no public name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from ..errors import UsageError
+
+HEARTBEAT_SECONDS = 40
+"""A process not heard of for so long is taken for dead, and the others end. Well over the pauses of starting up."""
+JOIN_SECONDS = 300
+"""How long the first waits for the last: a cluster's nodes do not start at once."""
+MESSAGE_BYTES = 4096
+
+SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+OPEN_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+class SharedError(Exception):
+    """An error that all processes of a run raise at the same point, so that each can end in an orderly way."""
+
+
+class SharedUsageError(SharedError, UsageError):
+    """A `UsageError` of one process that all of them have been told of."""
+
+
+def start(coordinator: str | None, processes: int | None, process_id: int | None, devices: int | None) -> None:
+    """Join the run's other processes, if it has any: those the three options name, or else Slurm or Open MPI.
+
+    Must come before JAX's first computation: it starts the backends.
+
+    Args:
+      coordinator: HOST:PORT of process 0, on a port free there.
+      processes: how many there are.
+      process_id: which of them this is, from 0.
+      devices: `--mesh`, over all processes. On a CPU machine each gets its share as virtual devices.
+
+    Raises:
+      UsageError: some of the three options without the others, values that cannot be, or processes that do not come.
+    """
+    options = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    missing = [name for name, value in options.items() if value is None]
+    if missing and len(missing) < len(options):
+        raise UsageError(f"{', '.join(missing)} missing: --coordinator, --processes and --process-id go together")
+    count = processes if processes is not None else _launched_processes()
+    if processes is not None and process_id is not None and coordinator is not None:
+        _check(coordinator, processes, process_id)
+    elif count == 1:
+        return
+    if devices is not None and devices % count:
+        raise UsageError(f"--mesh {devices} does not divide evenly among {count} processes; use a multiple of {count}")
+    jax.config.update("jax_enable_preemption_service", False)  # stopping.py says why
+    # On a GPU machine these are not the devices that the run uses.
+    jax.config.update("jax_num_cpu_devices", (devices or count) // count)
+    where = f"--coordinator {coordinator}" if coordinator else "the launcher's environment"
+    complaint = f"{where}: the {count} processes do not find each other (%s); start all, with process 0 in reach"
+    # JAX aborts the process, with a stack trace, when it has waited long enough.
+    timer = threading.Timer(JOIN_SECONDS, _give_up, [complaint % f"waited {JOIN_SECONDS} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            initialization_timeout=2 * JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        jax.devices()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(complaint % first_line(error)) from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    end_alone(2)
+
+
+def _check(coordinator: str, processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, such as node0:12345")
+    if processes < 1:
+        raise UsageError(f"--processes {processes}: at least 1 is needed")
+    if not 0 <= process_id < processes:
+        raise UsageError(f"--process-id {process_id}: must be 0 to {processes - 1} for --processes {processes}")
+    if process_id == 0:
+        # JAX's service crashes on a port that is taken.
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UsageError(f"--coordinator {coordinator}: {error.strerror}; name a free port of process 0") from error
+
+
+def _launched_processes() -> int:
+    """How many processes Slurm or Open MPI started.
+
+    JAX would join a single one as well, and then confine it to the first of its GPUs.
+    """
+    for variables, count in ((SLURM_VARIABLES, "SLURM_NTASKS"), (OPEN_MPI_VARIABLES, "OMPI_COMM_WORLD_SIZE")):
+        if all(name in os.environ for name in variables):
+            return int(os.environ[count])
+    return 1
+
+
+def several() -> bool:
+    """Whether the run has more processes than this one. Starts no backend, unlike `jax.process_count`."""
+    return global_state.num_processes is not None and global_state.num_processes > 1
+
+
+def is_first() -> bool:
+    """Whether this process writes what there is one of in a run: log, metrics, plot, messages."""
+    return not several() or global_state.process_id == 0
+
+
+def say(message: str) -> None:
+    """Print a message of the run, once for all processes."""
+    if is_first():
+        print(message, flush=True)
+
+
+def require_whole(mesh: Mesh) -> None:
+    """Raises UsageError unless all devices of all processes are in `mesh`."""
+    if several() and mesh.size != jax.device_count():
+        raise UsageError(
+            f"--mesh {mesh.size}: {jax.process_count()} processes have {jax.device_count()} devices, and all of them "
+            f"have to take part; use --mesh {jax.device_count()} with a --sequences it divides, or fewer processes"
+        )
+
+
+def exchange(text: str) -> list[str]:
+    """What each process says here, by process; cut off at 4,096 bytes. All wait for the last."""
+    if not several():
+        return [text]
+    said = np.zeros(MESSAGE_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
+    said[: encoded.size] = encoded
+    heard = multihost_utils.process_allgather(said)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in heard]
+
+
+def announce(what: str, value: str) -> None:
+    """Tell all processes, who need not wait for it. If several announce the same thing, the first one counts."""
+    # Raised also if there is a value already; any other reason shows in `announced`.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{what}/value", value)
+
+
+def announced(what: str) -> str | None:
+    """What a process announced, None if none has: a message to process 0 and back."""
+    found = _client().key_value_dir_get(what)
+    return found[0][1] if found else None
+
+
+def _client() -> Any:
+    assert global_state.client is not None, "announcements are for several processes"
+    return global_state.client
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that succeeds in all processes, or fails in all of them.
+
+    Raises:
+      SharedUsageError: if it raised UsageError in any of several processes.
+    """
+    error: UsageError | None = None
+    try:
+        yield
+    except UsageError as own:
+        if not several():
+            raise
+        error = own
+    said = exchange("" if error is None else str(error))
+    if error is not None:
+        raise SharedUsageError(str(error)) from error
+    for process, text in enumerate(said):
+        if text:
+            raise SharedUsageError(f"process {process}: {text}")
+
+
+def require_same(*run: object) -> None:
+    """Raises UsageError, in all processes, unless all of them have been given the same `run`, as its repr shows it."""
+    digests = exchange(hashlib.sha256(repr(run).encode()).hexdigest())
+    if others := [str(process) for process, digest in enumerate(digests) if digest != digests[0]]:
+        raise SharedUsageError(f"process {', '.join(others)}: other options than process 0; start all of them alike")
+
+
+def own_share() -> slice:
+    """Of things that any process could do, those that this one does."""
+    return slice(jax.process_index(), None, jax.process_count())
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """Which of the first axis' `rows` lie on this process's devices, in ascending order."""
+    found: set[int] = set()
+    for index in sharding.addressable_devices_indices_map((rows,)).values():
+        assert index is not None
+        found.update(range(rows)[index[0]])
+    return sorted(found)
+
+
+def place(sharding: NamedSharding, rows: int, array: np.ndarray) -> Array:
+    """A global array of `rows` rows, from this process's `own_rows` of it."""
+    return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+
+
+def fails_alone(error: BaseException | None) -> bool:
+    """Whether `error` ends this process while others go on or are gone: then nothing may wait for them."""
+    return error is not None and several() and not isinstance(error, SharedError)
+
+
+def end_alone(code: int) -> None:
+    """End this process now, without waiting for the others to end as well, as the interpreter's exit would.
+
+    That breaks off their collectives, or else their heartbeats notice it; so they end too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def describe_failure(error: BaseException) -> str:
+    """What one of several processes says when it ends alone and by no mistake of the user's."""
+    who = f"process {global_state.process_id} of {global_state.num_processes} stops"
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return f"{who}, and with it the others: {''.join(traceback.format_exception(error)).strip()}"
+    return (
+        f"{who}: a computation broke off ({first_line(error)}); unless that says why, another process has died, see "
+        "what it said. Go on with --resume"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

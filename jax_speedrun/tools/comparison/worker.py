@@ -1,0 +1,155 @@
+"""What one framework's process of scripts/compare.py does: the same for JAX and PyTorch, in NumPy alone.
+
+A job comes in as JSON, arrays as .npz, and the answer goes out as one line of JSON. Whatever depends on the
+framework stands behind `Side`: jax_side.py and torch_side.py.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+WARM_UP_CALLS = 2
+MAX_CALLS = 50
+"""In a sample, which are dispatched without waiting in between."""
+
+PARTS = {
+    "step": ("step",),
+    "micro": ("micro",),
+    "attention": ("attention_forward", "attention"),
+    "head": ("head",),
+    "optimizer": ("optimizer",),
+}
+"""Names for --parts -> what is measured for them. The full step comes first: a process's peak memory only grows."""
+WINDOWS = {"eighth": (1, 4, 7, 10, 14), "tiny": (1, 3, 5)}
+"""Presets to compare -> the long windows to measure, in blocks."""
+WINDOWED = {"step", "micro", "attention_forward", "attention"}
+
+
+class Side(Protocol):
+    """One framework with a model, its optimiser state, and one device."""
+
+    def describe(self) -> dict[str, Any]:
+        """`device`, `versions`, `fallbacks` (lines of text), `peak_flops` (or None), `matmul_size`."""
+
+    def dispatcher(
+        self, part: str, tokens_T: np.ndarray, targets_T: np.ndarray, window: int, step: int
+    ) -> Callable[[], object]:
+        """A call that starts `part` once and returns something to `wait` for. "matmul" is a part as well."""
+
+    def wait(self, result: object) -> None: ...
+
+    def peak_bytes(self) -> int | None: ...
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Take over weights, named `blocks.0.mlp.fc_FD`, and start the optimisers afresh."""
+
+    def parameters(self) -> dict[str, np.ndarray]: ...
+
+    def gradients(
+        self, tokens_T: np.ndarray, targets_T: np.ndarray, window: int
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss and the gradient of every parameter, float32."""
+
+    def step(self, tokens_T: np.ndarray, targets_T: np.ndarray, step: int) -> float:
+        """One training step; the loss before it."""
+
+    def evaluate(self, tokens_NT: np.ndarray, targets_NT: np.ndarray, step: int) -> float: ...
+
+
+def run_job(side: Side, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what the job's `task` says: "measure", "initial" or "parity"."""
+    if job["task"] == "initial":
+        save_arrays(Path(job["arrays_out"]), side.parameters())
+        return side.describe()
+    with np.load(job["inputs"]) as file:
+        inputs = dict(file)
+    return {"measure": measure, "parity": parity}[job["task"]](side, job, inputs)
+
+
+def measure(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Times of each part, in milliseconds a call: `job["samples"]` of them, each over several calls."""
+    tokens_T, targets_T = inputs["tokens"][0], inputs["targets"][0]
+    result: dict[str, Any] = {"first_step_s": None, "peak_bytes": None, "times": []}
+    for part in (*(p for name in PARTS if name in job["parts"] for p in PARTS[name]), "matmul"):
+        for window in job["windows"] if part in WINDOWED else [None]:
+            blocks = window or job["windows"][-1]
+            step = job["window_steps"][str(blocks)]
+            dispatch = side.dispatcher(part, tokens_T, targets_T, blocks, step)
+            if part == "step" and result["first_step_s"] is None:
+                side.wait(dispatch())
+                result["first_step_s"] = time.time() - job["began"]
+            samples = sample_ms(dispatch, side.wait, job["samples"], job["sample_seconds"])
+            result["times"].append({"part": part, "window": window, "ms": samples})
+        if part == "step":
+            result["peak_bytes"] = side.peak_bytes()
+    return {**side.describe(), **result}
+
+
+def sample_ms(
+    dispatch: Callable[[], object], wait: Callable[[object], None], samples: int, sample_seconds: float
+) -> list[float]:
+    """Milliseconds a call, `samples` times, each the mean over as many calls as fill `sample_seconds`."""
+
+    def timed(calls: int) -> float:
+        began = time.perf_counter()
+        result = None
+        for _ in range(calls):
+            result = dispatch()
+        wait(result)
+        return (time.perf_counter() - began) / calls
+
+    for _ in range(WARM_UP_CALLS):
+        timed(1)
+    calls = min(max(math.ceil(sample_seconds / timed(1)), 1), MAX_CALLS)
+    return [1000 * timed(calls) for _ in range(samples)]
+
+
+def parity(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Loss and gradients of given weights, the parameters after some steps from them, and a run's losses.
+
+    Writes `gradient:NAME` and `after5:NAME` (of large arrays, a sample of rows: `thin`) to `job["arrays_out"]`.
+    """
+    tokens, targets = inputs["tokens"], inputs["targets"]
+    arrays: dict[str, np.ndarray] = {}
+
+    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        return tokens[step % len(tokens)], targets[step % len(tokens)]
+
+    side.load(load_arrays(Path(job["filled"])))
+    loss, gradients = side.gradients(*batch(0), job["window"])
+    arrays |= {f"gradient:{name}": value for name, value in gradients.items()}
+    del gradients
+    for step in range(max(job["snapshots"])):
+        side.step(*batch(step), step)
+        if step + 1 in job["snapshots"]:
+            arrays |= {f"after{step + 1}:{name}": thin(value) for name, value in side.parameters().items()}
+    save_arrays(Path(job["arrays_out"]), arrays)
+    del arrays
+
+    side.load(load_arrays(Path(job["initial"])))
+    losses, validation = [], {}
+    for step in range(job["curve_steps"] + 1):
+        last = step == job["curve_steps"]
+        if last or step % job["validate_every"] == 0:
+            validation[str(step)] = side.evaluate(inputs["val_tokens"], inputs["val_targets"], step)
+        if not last:
+            losses.append(side.step(*batch(step), step))
+    return {**side.describe(), "loss": loss, "losses": losses, "validation": validation}
+
+
+def thin(array: np.ndarray) -> np.ndarray:
+    """Every 16th row of what has millions of them times width: tables and head, else gigabytes a snapshot."""
+    return array[::16] if array.size > 1 << 24 else array
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # its other keywords are no arrays
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)

@@ -1,0 +1,93 @@
+"""Text from a checkpoint, one token at a time, by running the whole model on everything so far."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from ..config import Config, from_dict, resolve
+from ..errors import UsageError
+from ..kernels.block_mask import BLOCK_SIZE, DOCUMENT_START
+from ..model import GPT, model_graph
+from ..run import checkpoint
+from ..run.checkpoint import Checkpoints
+from ..schedules import window_blocks
+from ..sharding import make_mesh
+from ..step import Params, make_program
+
+
+class Trained(NamedTuple):
+    config: Config
+    params: Params
+    step: int
+
+
+def load(run: Path) -> Trained:
+    """Parameters and configuration of the newest complete checkpoint of a run.
+
+    Raises:
+      UsageError: if the folder holds none.
+    """
+    step, metadata = checkpoint.latest(run)
+    mesh = make_mesh(1, 1)
+    config = resolve(from_dict(metadata["config"]), mesh.devices.flat[0])
+    program = make_program(config, mesh)
+    with Checkpoints(run) as checkpoints:
+        state = checkpoints.restore(step, program.saved)
+    return Trained(config, state.params, step)
+
+
+def generate(
+    trained: Trained, prompt: list[int], count: int, *, temperature: float = 1.0, top_k: int = 50, seed: int = 0
+) -> list[int]:
+    """Continue `prompt` (token ids, without a document start) by `count` tokens, or up to the document's end.
+
+    Args:
+      temperature: 0 takes the likeliest token each time.
+      top_k: sample among so many of the likeliest tokens only.
+
+    Raises:
+      UsageError: if an option is out of range, or prompt and answer are longer than the sequences trained on.
+    """
+    config = trained.config
+    if count < 1:
+        raise UsageError(f"--tokens must be at least 1, got {count}")
+    if temperature < 0:
+        raise UsageError(f"--temperature must be 0 or more, got {temperature}")
+    if not 1 <= top_k <= config.model.vocab_size:
+        raise UsageError(f"--top-k must be between 1 and {config.model.vocab_size}, got {top_k}")
+    length = 1 + len(prompt) + count
+    if length > config.sequence_length:
+        raise UsageError(
+            f"prompt and --tokens make {length} tokens, but the model saw sequences of {config.sequence_length}; "
+            "shorten one of them"
+        )
+    graph = model_graph(config.model)
+    window = window_blocks(trained.step, config.steps, config.optimizer.window_tokens)
+
+    @jax.jit
+    def next_token(params: Params, tokens_T: Array, position: Array, key: Array) -> Array:
+        model: GPT = nnx.merge(graph, params)
+        logits_V = model.logits(tokens_T, position[None], window, attention=config.attention)[0]
+        logits_V = logits_V[: config.model.vocab_size]  # the padded words do not exist
+        likeliest_K, words_K = jax.lax.top_k(logits_V, top_k)
+        if temperature == 0:
+            return words_K[0]
+        return words_K[jax.random.categorical(key, likeliest_K / temperature)]
+
+    # Attention is causal, so what lies beyond `position` in the buffer changes nothing.
+    tokens = np.zeros(-(-length // BLOCK_SIZE) * BLOCK_SIZE, np.int32)
+    tokens[: 1 + len(prompt)] = [DOCUMENT_START, *prompt]
+    keys = jax.random.split(jax.random.key(seed), count)
+    answer: list[int] = []
+    for position, key in enumerate(keys, start=len(prompt)):
+        token = int(next_token(trained.params, tokens, jnp.int32(position), key))
+        if token == DOCUMENT_START:
+            break
+        answer.append(token)
+        tokens[position + 1] = token
+    return answer

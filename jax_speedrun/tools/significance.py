@@ -1,0 +1,200 @@
+"""The statistics behind a claim: what the logs of several runs say, together or against those of others."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from ..errors import UsageError
+
+TARGET = 3.28
+CONFIDENCE = 0.95
+_VALIDATION = re.compile(r"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\S+)ms step_avg:(\S+)ms$", re.MULTILINE)
+_RESUMED = re.compile(r"^resumed:\d+/\d+$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, as the last validation line of its log has it; if `resumed`, its clock left out 10 steps more.
+
+    `curve`: (training time in s, validation loss) at each validation, nan where the loss was.
+    """
+
+    log: Path
+    steps: int
+    val_loss: float
+    train_time_s: float
+    step_avg_ms: float
+    resumed: bool
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Mean, sample standard deviation and the mean's 95 % interval (Student's t); nan beside the mean for n = 1."""
+
+    n: int
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Mean of one group minus that of another, its 95 % interval and two-sided p-value (Welch's t-test)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def read_run(log: Path) -> Run:
+    """Reads a log.txt, or that of a run's folder.
+
+    Raises:
+      UsageError: it cannot be read, or the run was not finished.
+    """
+    file = log / "log.txt" if log.is_dir() else log
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); name the log.txt of a run") from error
+    validations = _VALIDATION.findall(text)
+    final = [line for line in validations if line[0] == line[1]]
+    if not final:
+        raise UsageError(f"{file}: no validation at the last step; leave out runs that are not finished")
+    if len(final) > 1:
+        raise UsageError(f"{file}: {len(final)} validations at the last step; give each run a log of its own")
+    step, _, *values = final[0]
+    try:
+        val_loss, train_time_ms, step_avg_ms = map(float, values)
+        curve = tuple((float(time_ms) / 1000, float(loss)) for _, _, loss, time_ms, _ in validations)
+    except ValueError as error:
+        raise UsageError(f"{file}: {error} in a validation line; the log is damaged") from error
+    if not math.isfinite(val_loss):
+        raise UsageError(f"{file}: the last validation loss is {val_loss}; leave out runs that diverged")
+    return Run(file, int(step), val_loss, train_time_ms / 1000, step_avg_ms, bool(_RESUMED.search(text)), curve)
+
+
+def read_runs(logs: Sequence[Path]) -> list[Run]:
+    """Reads one group of runs.
+
+    Raises:
+      UsageError: as `read_run`, or the group counts a log twice or mixes runs of different length.
+    """
+    runs: dict[Path, Run] = {}
+    for run in map(read_run, logs):
+        if runs.setdefault(run.log.resolve(), run) is not run:
+            raise UsageError(f"{run.log}: named twice; each run counts once")
+        first = next(iter(runs.values()))
+        if run.steps != first.steps:
+            raise UsageError(f"{run.log}: {run.steps} steps, but {first.log} has {first.steps}; compare with --versus")
+    return list(runs.values())
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Describes a sample of at least one value."""
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return Summary(n, mean, math.nan, math.nan, math.nan)
+    deviation = float(np.std(values, ddof=1))
+    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Summary(n, mean, deviation, mean - half, mean + half)
+
+
+def p_below(values: Sequence[float], target: float) -> float:
+    """One-sided p-value of the true mean being below `target` (t-test); nan for one value, or several equal ones."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return math.nan
+    return float(scipy.stats.ttest_1samp(values, target, alternative="less").pvalue)
+
+
+def compare(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Welch's comparison of two samples; nan where one has fewer than 2 values or neither has any spread."""
+    mean = float(np.mean(values) - np.mean(others))
+    if min(len(values), len(others)) < 2 or np.ptp(values) == np.ptp(others) == 0:
+        return Difference(mean, math.nan, math.nan, math.nan)
+    test = scipy.stats.ttest_ind(values, others, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def report(runs: Sequence[Run], versus: Sequence[Run] = (), target: float = TARGET) -> str:
+    """The evidence as text, for one group of runs or two."""
+    lines = _describe(runs, target)
+    if versus:
+        lines += ["", "versus", *_describe(versus, target), "", "difference (first group minus second)"]
+        for (name, values, decimals), (_, others, _) in zip(_columns(runs), _columns(versus), strict=True):
+            lines.append(f"  {name:<10} {_difference(compare(values, others), decimals)}")
+    return "\n".join(lines)
+
+
+def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Validation loss over training time for each named group of runs, as a PNG: one line a run, one colour a group.
+
+    Raises:
+      UsageError: if `path` cannot be written.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, runs) in enumerate(groups.items()):
+        loss, time_s = np.mean([run.val_loss for run in runs]), np.mean([run.train_time_s for run in runs])
+        for run in runs:
+            label = f"{name}: {loss:.3f} after {time_s:.0f} s (n = {len(runs)})" if run is runs[0] else None
+            axes.plot(*zip(*run.curve, strict=True), ".-", color=f"C{number}", linewidth=1, label=label)
+    # The first loss, that of random weights, would leave no room for the rest.
+    later = [loss for runs in groups.values() for run in runs for _, loss in run.curve[1:]]
+    axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
+    axes.set(xlabel="training time, s", ylabel="validation loss, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _columns(runs: Sequence[Run]) -> list[tuple[str, list[float], int]]:
+    return [
+        ("val loss", [run.val_loss for run in runs], 5),
+        ("time, s", [run.train_time_s for run in runs], 2),
+        ("step, ms", [run.step_avg_ms for run in runs], 2),
+    ]
+
+
+def _describe(runs: Sequence[Run], target: float) -> list[str]:
+    lines = [f"{len(runs)} run{'s' * (len(runs) > 1)} of {runs[0].steps} steps"]
+    for name, values, decimals in _columns(runs):
+        lines.append(f"  {name:<10} {_summary(summarize(values), decimals)}")
+    if len(runs) < 2:
+        lines.append("  interval, deviation and t-test need at least 2 logs")
+    else:
+        p = p_below([run.val_loss for run in runs], target)
+        verdict = "undefined, all losses are equal" if math.isnan(p) else f"{p:.4g}"
+        lines.append(f"  p-value of a mean val loss below {target:g} (one-sided t-test): {verdict}")
+    if resumed := sum(run.resumed for run in runs):
+        lines.append(f"  {resumed} of them resumed: their clocks left out 10 steps more at each start")
+    return lines
+
+
+def _summary(summary: Summary, decimals: int) -> str:
+    mean = f"mean {summary.mean:8.{decimals}f}"
+    if summary.n < 2:
+        return mean
+    interval = f"{summary.low:8.{decimals}f} to {summary.high:8.{decimals}f}"
+    return f"{mean}   95 % interval {interval}   deviation {summary.deviation:.{decimals}f}"
+
+
+def _difference(difference: Difference, decimals: int) -> str:
+    mean = f"{difference.mean:+9.{decimals}f}"
+    if math.isnan(difference.p):
+        return f"{mean}   (a test needs at least 2 logs on each side, and values that differ)"
+    interval = f"{difference.low:+9.{decimals}f} to {difference.high:+9.{decimals}f}"
+    return f"{mean}   95 % interval {interval}   p = {difference.p:.4g} (Welch's t-test, two-sided)"

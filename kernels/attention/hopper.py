@@ -1,0 +1,70 @@
+"""Block-sparse attention on Hopper GPUs: the differentiable op around the three kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from ..block_mask import BLOCK_SIZE, BlockMask
+from .hopper_backward import backward_dkv, backward_dq
+from .hopper_forward import forward
+from .schedule import Schedule, build_schedule
+
+HEAD_WIDTHS = (64, 128)
+
+
+def hopper_attention(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: float) -> Array:
+    """Return softmax(scale * q k^T, where `mask` lets the query see the key) v, per head, for one sequence.
+
+    Args:
+      q_THK, k_THK, v_THK: as `unsupported` says.
+      mask: any lists of blocks of 128; a run-time value, so that a growing
+        window recompiles nothing.
+      scale: factor on the scores, above 0.
+
+    Returns:
+      (T, H, K) bfloat16, 0 for a query that sees no key. Differentiable in q, k
+      and v; the same inputs give the same bits, forward and backward. Inside
+      `shard_map`, switch off `check_vma`: Pallas' GPU kernels do not carry it.
+    """
+    return attend(scale, q_THK, k_THK, v_THK, mask.documents, build_schedule(mask))
+
+
+def unsupported(dtype: DTypeLike, head_width: int, block_size: int, scale: float) -> str | None:
+    """Return what the kernels need of their arguments, None where they have it."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"bfloat16 q, k and v, got {jnp.dtype(dtype)}"
+    if head_width not in HEAD_WIDTHS:
+        return f"a head width of {' or '.join(map(str, HEAD_WIDTHS))}, got {head_width}"
+    if block_size != BLOCK_SIZE:
+        return f"a mask in blocks of {BLOCK_SIZE}, got blocks of {block_size}"
+    if not scale > 0:
+        return f"scale > 0, got {scale} (negate q)"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(scale: float, q: Array, k: Array, v: Array, documents: Array, schedule: Schedule) -> Array:
+    """Run `hopper_attention` on a schedule that was built before: what a step repeats for every layer."""
+    return _attention_forward(scale, q, k, v, documents, schedule)[0]
+
+
+def _attention_forward(
+    scale: float, q: Array, k: Array, v: Array, documents: Array, schedule: Schedule
+) -> tuple[Array, tuple[Array, Array, Array, Array, Array, Array, Schedule]]:
+    o, lse = forward(q, k, v, documents, schedule.by_query, scale=scale)
+    return o, (q, k, v, o, lse, documents, schedule)
+
+
+def _attention_backward(
+    scale: float, saved: tuple[Array, Array, Array, Array, Array, Array, Schedule], do: Array
+) -> tuple[Array, Array, Array, None, None]:
+    q, k, v, o, lse, documents, schedule = saved
+    dq, delta = backward_dq(q, k, v, o, do, lse, documents, schedule.by_query, scale=scale)
+    dk, dv = backward_dkv(q, k, v, do, lse, delta, documents, schedule.by_key, scale=scale)
+    return dq, dk, dv, None, None
+
+
+attend.defvjp(_attention_forward, _attention_backward)

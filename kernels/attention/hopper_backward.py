@@ -1,0 +1,457 @@
+"""Backward block-sparse attention on Hopper: two kernels that recompute the probabilities from the saved log-sum-exp.
+
+    dQ       holds 128 queries and visits the key blocks of their row       matmuls: S, dP, dQ
+    dK, dV   holds 128 keys and visits the query blocks of their column     matmuls: S, dP, dV, dK
+
+Both stream tiles of 64 rows, so that each warpgroup meets quarters of 64 x 64
+(P compares, F does not) and passes over those in which no pair is visible:
+
+              keys                                    queries
+             [1a 1b][2a 2b]                          [2a 2b][3a 3b]
+   q2 0-63    .  P   P  .    warpgroup 0    k2 0-63    P  P   F  F    warpgroup 0
+   q2 64-127  .  P   P  P    warpgroup 1    k2 64-127  .  P   F  F    warpgroup 1
+
+For dK and dV a warpgroup computes scores transposed (keys are rows), so that
+P^T and dS^T are already in the registers the next matmul reads. No sum is
+shared between programs: two runs give the same bits.
+
+    P = 2^(c S - lse)     dP = dO V^T     dS = P (dP - delta)     delta = rowsum(O dO)
+    dV = P^T dO           dQ = scale dS K                         dK = scale dS^T Q
+
+lse / c and delta need no instructions: S and dP start from minus them.
+
+Told how q and k came of a matmul's results z, a kernel undoes it while the gradient g of n = q or k is in registers.
+With n = rotate(norm(r z)) and f = r / rms(r z), as layer/self_attention.py derives,
+
+    dz = f rotate_back(g - n mean_K(g n))     dz_v = r dV
+
+so that g is rounded to bf16 once, as dz, and n is read from where the matmuls read it. What the gradient of r and the
+layers before need besides, sum_K(g n) and sum_K(dV v), are a number for each token and head.
+Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, as two passes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..block_mask import BLOCK_SIZE
+from ..hopper.config import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, KernelConfig
+from ..hopper.pipeline import Ring, ring_barriers
+from ..hopper.primitives import (
+    COLUMN,
+    ROW,
+    Ref,
+    columns,
+    interpreter_buffers,
+    launch,
+    multiply_add,
+    positions,
+    preload,
+    read_preloaded,
+    rows,
+    split_roles,
+    tile,
+    with_accumulators,
+)
+from ..hopper.rotary import HEAD_WIDTH, ROTATED, rotate
+from .hopper_producer import Copy, Stream, Tile, for_each_tile, halves, produce, release_last
+from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
+
+PARTS = BLOCK_SIZE // WARPGROUP_ROWS
+QUARTER = (WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+CONFIG = KernelConfig(stages=2)
+"""Shared memory at head width 128, of 227 KiB: 2 x 64 (queries and output gradients, or keys and values) + 2 x 32 (64
+rows of the other two) = 192 KiB. Measured with one slot, 3 stages were up to 14 % slower than 2, and 4 no faster."""
+
+
+class Origin(NamedTuple):
+    """How q or k came of a matmul's result z: rotate(factor * z), by angles and a factor for each head and token.
+
+    The kernels see the same of references, or None.
+    """
+
+    cos_TR: Array  # (T, K / 4) float32
+    sin_TR: Array
+    factor_HT: Array  # (H, T) float32: r / rms(r z), r the scale of the row
+
+
+class DqBuffers(NamedTuple):
+    """Shared memory of dQ; the first axis is the slot, or (kv, key_documents) the stage."""
+
+    q: Ref
+    do: Ref
+    lse: Ref
+    delta: Ref
+    query_documents: Ref
+    kv: Ref  # [stage, 0] keys, [stage, 1] values
+    key_documents: Ref
+    dots: Ref  # of the queries; None without their origin
+
+
+class Rings(NamedTuple):
+    """The rings of the resident tiles and of the stream."""
+
+    resident: Ring
+    stream: Ring
+
+
+class DkvBuffers(NamedTuple):
+    """Shared memory of dK and dV; the first axis is the slot (k, v, key_documents) or the stage."""
+
+    k: Ref
+    v: Ref
+    key_documents: Ref
+    qdo: Ref  # [stage, 0] queries, [stage, 1] output gradients
+    lse: Ref
+    delta: Ref
+    query_documents: Ref
+    sums: Ref  # [slot, warpgroup, 0] dots of the keys, [.., 1] of the values; None without an origin
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "config"))  # lowered once, not once a layer
+def backward_dq(
+    q_THK: Array, k_THK: Array, v_THK: Array, o_THK: Array, do_THK: Array, lse_HT: Array, documents_T: Array,
+    schedule: Array, origin: Origin | None = None, *, scale: float, config: KernelConfig = CONFIG,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Return the gradient of q, (T, H, K) bf16, and delta (H, T) float32. `schedule` is `Schedule.by_query`.
+
+    With an `origin` the gradient is that of z, and the third result (H, T) float32 holds sum_K(dq q).
+
+    Raises:
+      ValueError: for an origin with a head width other than 128.
+    """
+    length, heads, width = q_THK.shape
+    _check_origin(origin, width)
+    assignment = jnp.asarray(assign_tiles(schedule.shape[0] * heads))
+
+    def body(
+        q: Ref, k: Ref, v: Ref, o: Ref, do: Ref, lse: Ref, documents: Ref, schedule: Ref, assignment: Ref,
+        origin: Ref, *out: Ref, smem: DqBuffers, barriers: list[list[Ref]], accumulators: list[Ref],
+    ) -> None:  # fmt: skip
+        rings = Rings(*(Ring(*ring) for ring in barriers))
+        per_query = [
+            Copy(lse, lambda slot: smem.lse.at[slot], BLOCK_SIZE),
+            Copy(documents, lambda slot: smem.query_documents.at[slot], BLOCK_SIZE),
+        ]
+        per_key = Copy(documents, lambda stage: smem.key_documents.at[stage], WARPGROUP_ROWS)
+        keys = Copy(k, lambda stage: smem.kv.at[stage, 0], WARPGROUP_ROWS)
+        values = Copy(v, lambda stage: smem.kv.at[stage, 1], WARPGROUP_ROWS)
+        resident = Stream(rings.resident, [*halves(q, smem.q), *halves(do, smem.do), *per_query])
+        stream = Stream(rings.stream, [keys, values, per_key])
+        # O is needed once a tile, for delta: it passes through the stream, where it
+        # just fills one step, instead of taking resident memory of its own.
+        prologue = [*halves(o, smem.kv), per_key]
+
+        def consume() -> None:
+            one_tile = functools.partial(_dq_tile, schedule, origin, out, smem, rings, accumulators, scale)
+            count, _ = for_each_tile(schedule, assignment, heads, one_tile)
+            release_last(rings.resident, count)
+
+        producer = functools.partial(produce, schedule, assignment, heads, resident, [stream], WARPGROUP_ROWS, prologue)
+        split_roles(producer, consume, config)
+
+    number = jax.ShapeDtypeStruct((heads, length), jnp.float32)
+    results: tuple[Array, ...] = launch(
+        body,
+        "block_sparse_attention_dq",
+        (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), number, *[number] * bool(origin)),
+        dict(
+            smem=DqBuffers(
+                q=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
+                do=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
+                lse=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.float32),
+                delta=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                query_documents=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.int32),
+                kv=tile(config.stages, 2, WARPGROUP_ROWS, width),
+                key_documents=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.int32),
+                dots=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32) if origin else None,
+            ),
+            barriers=[ring_barriers(2 * COMPUTE_WARPGROUPS + 2, config.slots), ring_barriers(3, config.stages)],
+            accumulators=interpreter_buffers((WARPGROUP_ROWS, width)),
+        ),
+        programs=assignment.shape[0],
+    )(q_THK, k_THK, v_THK, o_THK, do_THK, lse_HT, documents_T, schedule, assignment, origin)
+    return results
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "config"))  # lowered once, not once a layer
+def backward_dkv(
+    q_THK: Array, k_THK: Array, v_THK: Array, do_THK: Array, lse_HT: Array, delta_HT: Array, documents_T: Array,
+    schedule: Array, origin: Origin | None = None, rstd_T: Array | None = None,
+    *, scale: float, config: KernelConfig = CONFIG,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Return the gradients of k and v, each (T, H, K) bf16. `schedule` is `Schedule.by_key`.
+
+    With k's `origin` and `rstd_T`, (T,) float32, the gradients are those of z: k's, and v's, where v = rstd_T z.
+    The third and fourth result, (H, T) float32, then hold sum_K(dk k) and sum_K(dv v).
+
+    Raises:
+      ValueError: for an origin with a head width other than 128.
+    """
+    length, heads, width = q_THK.shape
+    _check_origin(origin, width)
+    assignment = jnp.asarray(assign_tiles(schedule.shape[0] * heads))
+
+    def body(
+        q: Ref, k: Ref, v: Ref, do: Ref, lse: Ref, delta: Ref, documents: Ref, schedule: Ref, assignment: Ref,
+        origin: Ref, rstd: Ref, *out: Ref,
+        smem: DkvBuffers, barriers: list[list[Ref]], accumulators: list[Ref],
+    ) -> None:  # fmt: skip
+        rings = Rings(*(Ring(*ring) for ring in barriers))
+        per_key = Copy(documents, lambda slot: smem.key_documents.at[slot], BLOCK_SIZE)
+        resident = Stream(rings.resident, [*halves(k, smem.k), *halves(v, smem.v), per_key])
+        stream = Stream(
+            rings.stream,
+            [
+                Copy(q, lambda stage: smem.qdo.at[stage, 0], WARPGROUP_ROWS),
+                Copy(do, lambda stage: smem.qdo.at[stage, 1], WARPGROUP_ROWS),
+                Copy(lse, lambda stage: smem.lse.at[stage], WARPGROUP_ROWS),
+                Copy(delta, lambda stage: smem.delta.at[stage], WARPGROUP_ROWS),
+                Copy(documents, lambda stage: smem.query_documents.at[stage], WARPGROUP_ROWS),
+            ],
+        )
+
+        def consume() -> None:
+            one_tile = functools.partial(_dkv_tile, schedule, origin, rstd, out, smem, rings, accumulators, scale)
+            count, _ = for_each_tile(schedule, assignment, heads, one_tile)
+            release_last(rings.resident, count)
+
+        producer = functools.partial(produce, schedule, assignment, heads, resident, [stream], WARPGROUP_ROWS)
+        split_roles(producer, consume, config)
+
+    gradient, number = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in ((k_THK.shape, k_THK.dtype), ((heads, length), jnp.float32))
+    )
+    results: tuple[Array, ...] = launch(
+        body,
+        "block_sparse_attention_dkv",
+        (gradient, gradient, *[number, number] * bool(origin)),
+        dict(
+            smem=DkvBuffers(
+                k=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
+                v=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
+                key_documents=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.int32),
+                qdo=tile(config.stages, 2, WARPGROUP_ROWS, width),
+                lse=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.float32),
+                delta=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.float32),
+                query_documents=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.int32),
+                sums=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, 2, WARPGROUP_ROWS), jnp.float32) if origin else None,
+            ),
+            barriers=[ring_barriers(2 * COMPUTE_WARPGROUPS + 1, config.slots), ring_barriers(5, config.stages)],
+            accumulators=interpreter_buffers((WARPGROUP_ROWS, width), (WARPGROUP_ROWS, width)),
+        ),
+        programs=assignment.shape[0],
+    )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, schedule, assignment, origin, rstd_T)
+    return results
+
+
+def _dq_tile(
+    schedule: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, rings: Rings,
+    accumulators: list[Ref], scale: float, at: Tile,
+) -> None:  # fmt: skip
+    """Write dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
+    warpgroup = lax.axis_index("warpgroup")
+    c = scale * math.log2(math.e)
+    slot, own = rings.resident.slot(at.number), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    first_query = at.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
+    queries = pl.ds(first_query, WARPGROUP_ROWS)
+    q_tile, do_tile = smem.q.at[slot, warpgroup], smem.do.at[slot, warpgroup]
+    first_step = at.entries_before * PARTS + at.number  # each tile before had one step for O
+    rings.resident.wait(slot)
+    lse = plgpu.load(smem.lse.at[slot, own], layout=ROW)
+
+    stage = rings.stream.slot(first_step)
+    rings.stream.wait(stage)
+    delta = (_tile_values(smem.kv.at[stage, warpgroup]) * _tile_values(do_tile)).sum(axis=1)
+    smem.delta[slot, warpgroup] = delta
+    rings.stream.release(stage)
+
+    def over_the_row(dq_acc: Ref) -> None:
+        def quarter(stage: Array, first_key: Array, *, masked: bool) -> None:
+            k_tile, v_tile = smem.kv.at[stage, 0], smem.kv.at[stage, 1]
+            s_start, dp_start = rows(-lse / c, QUARTER), rows(-delta, QUARTER)
+
+            def visible() -> Array:
+                same, query, key = _compare(
+                    smem.query_documents.at[slot, own], smem.key_documents.at[stage], first_query, first_key
+                )
+                return same & (key <= query)
+
+            ds = _score_gradient(
+                (q_tile, do_tile), (k_tile, v_tile), lambda: (s_start, dp_start), c, visible if masked else None
+            )
+            multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile)
+            plgpu.wgmma_wait(0)
+
+        _for_each_quarter(schedule, at, rings, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
+        gradient = dq_acc[...] * scale
+        if origin is not None:
+            of_rows = _load_origin(origin, at.head, queries)
+            gradient, smem.dots[slot, warpgroup] = _undo(gradient, q_tile, *of_rows)
+        q_tile[...] = gradient.astype(jnp.bfloat16)
+
+    with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_tile, out[0].at[queries, at.head])
+    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], out[1].at[at.head, queries])
+    if origin is not None:
+        plgpu.copy_smem_to_gmem(smem.dots.at[slot, warpgroup], out[2].at[at.head, queries])
+
+
+def _dkv_tile(
+    schedule: Ref, origin: Ref, rstd: Ref, out: Sequence[Ref], smem: DkvBuffers, rings: Rings,
+    accumulators: list[Ref], scale: float, at: Tile,
+) -> None:  # fmt: skip
+    """Write dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
+    warpgroup = lax.axis_index("warpgroup")
+    c = scale * math.log2(math.e)
+    slot, own = rings.resident.slot(at.number), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    first_key = at.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
+    keys = pl.ds(first_key, WARPGROUP_ROWS)
+    k_tile, v_tile = smem.k.at[slot, warpgroup], smem.v.at[slot, warpgroup]
+    rings.resident.wait(slot)
+
+    def over_the_column(dk_acc: Ref, dv_acc: Ref) -> None:
+        def quarter(stage: Array, first_query: Array, *, masked: bool) -> None:
+            q_tile, do_tile = smem.qdo.at[stage, 0], smem.qdo.at[stage, 1]
+
+            def starts() -> tuple[Array, Array]:
+                s_start = columns(plgpu.load(smem.lse.at[stage], layout=COLUMN) * (-1 / c), QUARTER)
+                return s_start, columns(-plgpu.load(smem.delta.at[stage], layout=COLUMN), QUARTER)
+
+            def visible() -> Array:
+                same, key, query = _compare(
+                    smem.key_documents.at[slot, own], smem.query_documents.at[stage], first_key, first_query
+                )
+                return same & (key <= query)
+
+            def add_to_dv(p: Array) -> None:
+                multiply_add(dv_acc, p.astype(jnp.bfloat16), do_tile)
+
+            ds = _score_gradient((k_tile, v_tile), (q_tile, do_tile), starts, c, visible if masked else None, add_to_dv)
+            multiply_add(dk_acc, ds.astype(jnp.bfloat16), q_tile)
+            plgpu.wgmma_wait(0)
+
+        first_step = at.entries_before * PARTS
+        _for_each_quarter(schedule, at, rings, first_step, lambda half: 2 * half + warpgroup, quarter)
+        if origin is None:
+            k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
+            v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
+            return
+        of_rows = _load_origin(origin, at.head, keys)
+        v_factor = plgpu.load(rstd.at[keys], layout=ROW, optimized=False)
+        # v first, while what k needs is on its way.
+        d_v = plgpu.layout_cast(dv_acc[...], plgpu.Layout.WGMMA)
+        smem.sums[slot, warpgroup, 1] = (d_v * _tile_values(v_tile)).sum(axis=1)
+        v_tile[...] = (d_v * rows(v_factor, v_tile.shape)).astype(jnp.bfloat16)
+        d_k, smem.sums[slot, warpgroup, 0] = _undo(dk_acc[...] * scale, k_tile, *of_rows)
+        k_tile[...] = d_k.astype(jnp.bfloat16)
+
+    with_accumulators(over_the_column, k_tile.shape, v_tile.shape, buffers=accumulators)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(k_tile, out[0].at[keys, at.head])
+    plgpu.copy_smem_to_gmem(v_tile, out[1].at[keys, at.head])
+    if origin is not None:
+        for i, sums in enumerate(out[2:]):
+            plgpu.copy_smem_to_gmem(smem.sums.at[slot, warpgroup, i], sums.at[at.head, keys])
+
+
+def _score_gradient(
+    own: tuple[Ref, Ref],
+    other: tuple[Ref, Ref],
+    starts: Callable[[], tuple[Array, Array]],
+    c: float,
+    visible: Callable[[], Array] | None,
+    with_weights: Callable[[Array], None] | None = None,
+) -> Array:
+    """Return P (dP - delta) of a quarter, float32, whose rows are this warpgroup's and whose columns are streamed.
+
+    Args:
+      own, other: two tiles each. S is the matmul of the first ones, dP that of the second ones.
+      starts: what S and dP start from: minus lse / c, and minus delta.
+      c: scale log2(e).
+      visible: the mask function of the quarter; None where every pair sees each other.
+      with_weights: starts a matmul with P; it may still run when this returns.
+    """
+
+    def gradient(s_acc: Ref, dp_acc: Ref) -> Array:
+        s_start, dp_start = starts()
+        preload(s_acc, s_start)
+        preload(dp_acc, dp_start)
+        plgpu.wgmma(s_acc, own[0], other[0].transpose((1, 0)))
+        plgpu.wgmma(dp_acc, own[1], other[1].transpose((1, 0)))
+        p = jnp.exp2(read_preloaded(s_acc, s_start, in_flight=1) * c)
+        if visible is not None:
+            p = jnp.where(visible(), p, 0.0)
+        if with_weights is not None:
+            with_weights(p)
+        return p * read_preloaded(dp_acc, dp_start, in_flight=0 if with_weights is None else 1)
+
+    return pl.run_scoped(gradient, plgpu.ACC(QUARTER, jnp.float32), plgpu.ACC(QUARTER, jnp.float32))
+
+
+def _compare(own: Ref, other: Ref, first_own: Array, first_other: Array) -> tuple[Array, Array, Array]:
+    """Return for each pair of a quarter: is it in one document, and its positions, the row's and the column's."""
+    of_row, of_column = plgpu.load(own, layout=ROW), plgpu.load(other, layout=COLUMN)
+    same = rows(of_row, QUARTER) == columns(of_column, QUARTER)
+    column = columns(positions(first_other, WARPGROUP_ROWS, COLUMN), QUARTER)
+    return same, rows(positions(first_own, WARPGROUP_ROWS, ROW), QUARTER), column
+
+
+def _check_origin(origin: Origin | None, width: int) -> None:
+    if origin is not None and width != HEAD_WIDTH:
+        raise ValueError(f"an origin needs head width {HEAD_WIDTH}, got {width}: undo norm and rotation outside")
+
+
+def _load_origin(origin: Ref, head: Array, own: pl.Slice) -> tuple[Array, Array, Array]:
+    """Return cosines and sines, (64, K / 4), and factors of the rows `own`."""
+    cos, sin = (plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in origin[:2])
+    return cos, sin, plgpu.load(origin.factor_HT.at[head, own], layout=ROW, optimized=False)
+
+
+def _tile_values(tile: Ref) -> Array:
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def _undo(g: Array, n_tile: Ref, cos: Array, sin: Array, factor: Array) -> tuple[Array, Array]:
+    """Return z's gradient, where n = rotate(factor z) has gradient g, and the rows' sums of g n; float32."""
+    g, n = plgpu.layout_cast(g, plgpu.Layout.WGMMA), _tile_values(n_tile)
+    dots = (g * n).sum(axis=1)
+    across = (g - n * rows(dots * (1 / HEAD_WIDTH), n_tile.shape)) * rows(factor, n_tile.shape)
+    half = HEAD_WIDTH // 2
+    first, second = rotate([across[:, :ROTATED], across[:, half : half + ROTATED]], cos, -sin)
+    turned = [first, across[:, ROTATED:half], second, across[:, half + ROTATED :]]
+    return jnp.concatenate(turned, axis=1), dots
+
+
+def _for_each_quarter(
+    schedule: Ref, at: Tile, rings: Rings, first_step: Array, seen_bit: Callable[[Array], Array],
+    quarter: Callable[..., None],
+) -> None:  # fmt: skip
+    """Run quarter(stage, first row, masked=...) on each streamed half block in which this warpgroup's rows see any."""
+
+    def one_half(i: Array, entry: Array) -> Array:
+        following = schedule[at.rank, HEADER + lax.div(i + 1, PARTS)]
+        half = lax.rem(i, PARTS)
+        stage = rings.stream.slot(first_step + i)
+        first_row = (entry >> ENTRY_BITS) * BLOCK_SIZE + half * WARPGROUP_ROWS
+        masked = entry & (1 << DOCUMENTS_BIT | 1 << POSITIONS_BIT) != 0
+        seen = (entry >> seen_bit(half)) & 1 == 1
+        rings.stream.wait(stage)
+        pl.when(~masked)(functools.partial(quarter, stage, first_row, masked=False))
+        pl.when(masked & seen)(functools.partial(quarter, stage, first_row, masked=True))
+        rings.stream.release(stage)
+        pl.when(i == 0)(lambda: release_last(rings.resident, at.number))
+        return following
+
+    lax.fori_loop(0, at.entries * PARTS, one_half, at.first_entry)
+    pl.when(at.entries == 0)(lambda: release_last(rings.resident, at.number))

@@ -1,0 +1,115 @@
+"""Which implementation of an op runs: one vocabulary for all of them, and one answer to "can it run here, and why not".
+
+    hopper      kernels for H100 and H200, written in Pallas
+    xla         plain JAX, on any device
+    reference   the shortest way to say what is computed (attention only: with a dense matrix of scores)
+    auto        hopper where it runs and supports the arguments, else xla
+
+An op is called with any of these names and resolves it by `choose`. What its kernels need of the arguments, the family
+says in a function `unsupported(...)`: a phrase such as "T a multiple of 128, got 100", or None.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax
+
+Implementation = Literal["auto", "hopper", "xla", "reference"]
+
+SPILLING_JAX = ("0.12.0", "0.12.0.1")
+"""Releases that compile kernels as units to be linked, by nvJitLink. `setmaxnreg` is then ignored (ptxas' note C7504):
+the warps that multiply have 168 registers where the kernels count on 240, and spill; for dK and dV even the matmuls
+run one after the other. The extras for GPUs in pyproject.toml leave these releases out."""
+
+_target: contextvars.ContextVar[Literal["here", "interpreter", "elsewhere"]] = contextvars.ContextVar(
+    "target", default="here"
+)
+
+
+@contextlib.contextmanager
+def interpret_kernels() -> Iterator[None]:
+    """Run every Hopper kernel traced inside in Pallas' GPU interpreter, on any device: slow, for tests and for study.
+
+    It needs a CPU thread for each warpgroup of a kernel: set `jax_num_cpu_devices` to 8 on a small machine. Gradients
+    are part of it: what is differentiated inside must be pulled back inside.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu  # not part of every jaxlib
+
+    token = _target.set("interpreter")
+    try:
+        with plgpu.force_gpu_interpret_mode():  # which is part of the key under which jit caches a trace
+            yield
+    finally:
+        _target.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether the caller is inside `interpret_kernels`."""
+    return _target.get() == "interpreter"
+
+
+@contextlib.contextmanager
+def compiling_for_hopper() -> Iterator[None]:
+    """Let ops be traced for an H100 or H200 that this machine does not have: to compile ahead of time."""
+    token = _target.set("elsewhere")
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def choose(
+    op: str,
+    implementation: Implementation,
+    unsupported: Callable[[], str | None],
+    *,
+    device: jax.Device | None = None,
+    names: tuple[Implementation, ...] = ("auto", "hopper", "xla"),
+) -> Implementation:
+    """Return which implementation stands behind a name: `auto` becomes `hopper` or `xla`, others stay.
+
+    Args:
+      op: its name, for messages.
+      implementation: what was asked for.
+      unsupported: what the Hopper kernels need of the arguments; asked only where they could run at all.
+      device: where it is to run; by default this process's first device.
+      names: those that the op has.
+
+    Raises:
+      ValueError: for a name that the op lacks, or for `hopper` where it cannot run.
+    """
+    if implementation not in names:
+        raise ValueError(f"{op}: unknown implementation {implementation!r}; choose one of {', '.join(names)}")
+    if implementation not in ("auto", "hopper"):
+        return implementation
+    reason = _no_hopper(device) or unsupported()
+    if reason is None:
+        return "hopper"
+    if implementation == "auto":
+        return "xla"
+    raise ValueError(f"{op}: implementation 'hopper' needs {reason}; use 'xla' or 'auto'")
+
+
+def _no_hopper(device: jax.Device | None) -> str | None:
+    """Return what the device lacks for the kernels, if anything."""
+    if _target.get() != "here":
+        return None
+    device = device or jax.devices()[0]
+    return None if on_hopper(device) else f"an H100 or H200, not {device.device_kind}"
+
+
+def on_hopper(device: jax.Device) -> bool:
+    """Whether `device` is an H100 or H200 (compute capability 9.0)."""
+    return getattr(device, "compute_capability", None) == "9.0"
+
+
+def slow_kernels_note(implementation: Implementation) -> str | None:
+    """Return why a run on these kernels is slow under this jax, and what to do about it; None where it is not."""
+    if implementation != "hopper" or jax.__version__ not in SPILLING_JAX:
+        return None
+    return (
+        f"jax {jax.__version__} compiles kernels for Hopper with too few registers: correct, but a step takes 1.19 "
+        "times as long as with 0.11.2; pip install 'jax[cuda13]==0.11.2'"
+    )

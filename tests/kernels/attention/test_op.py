@@ -1,0 +1,197 @@
+"""Both plain implementations against float64 NumPy: random lists, the recipe's masks, bad input."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_speedrun.kernels.attention import xla as attention_xla
+from jax_speedrun.kernels.attention.op import block_sparse_attention
+from jax_speedrun.kernels.block_mask import BlockMask, long_short_masks
+from tests.numpy_attention import dense_attention, random_mask
+
+SCALE = 0.12
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def value_and_gradients(implementation):
+    @jax.jit
+    def run(q, k, v, d_output, mask):
+        def attend(q, k, v):
+            return block_sparse_attention(q, k, v, mask, scale=SCALE, implementation=implementation)
+
+        output, pull = jax.vjp(attend, q, k, v)
+        return output, *pull(d_output)
+
+    return run
+
+
+RUN = {name: value_and_gradients(name) for name in IMPLEMENTATIONS}
+
+
+def random_inputs(rng, *shape, dtype=jnp.float32):
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_random_lists(implementation):
+    """No structure in the lists: any key block, in any order, with rows that see nothing."""
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        mask, visible = random_mask(rng, blocks=6, block_size=8, density=rng.random())
+        inputs = random_inputs(rng, 48, 2, 16)
+        results = RUN[implementation](*inputs, mask)
+        for got, want in zip(results, dense_attention(*inputs, visible, SCALE), strict=True):
+            np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recipe_masks_for_every_window(implementation):
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(np.where(rng.random(1024) < 0.01, 50256, 7), jnp.int32)
+    inputs = random_inputs(rng, 1024, 1, 16)
+    for window in (1, 2, 5, 14):
+        for mask in long_short_masks(tokens, window):
+            results = RUN[implementation](*inputs, mask)
+            want = dense_attention(*inputs, np.asarray(mask.dense()), SCALE)
+            for got, expected in zip(results, want, strict=True):
+                np.testing.assert_allclose(got, expected, atol=3e-5)
+
+
+def test_more_blocks_than_one_group_walks_together():
+    rng = np.random.default_rng(2)
+    mask, visible = random_mask(rng, blocks=130, block_size=2, density=0.1)
+    inputs = random_inputs(rng, 260, 1, 8)
+    for got, want in zip(RUN["xla"](*inputs, mask), dense_attention(*inputs, visible, SCALE), strict=True):
+        np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_empty_rows_give_zero_and_no_nan():
+    empty = jnp.zeros(4, jnp.int32)
+    mask = BlockMask(
+        empty, jnp.zeros((4, 4), jnp.int32), empty, jnp.zeros((4, 4), jnp.int32), jnp.zeros(32, jnp.int32), 8
+    )
+    inputs = random_inputs(np.random.default_rng(3), 32, 2, 16)
+    for implementation in IMPLEMENTATIONS:
+        for result in RUN[implementation](*inputs, mask):
+            np.testing.assert_array_equal(result, 0)
+
+
+def test_large_scores_do_not_overflow():
+    rng = np.random.default_rng(4)
+    mask, visible = random_mask(rng, blocks=4, block_size=8, density=0.8)
+    q, k, v, d_output = random_inputs(rng, 32, 2, 16)
+    inputs = (100 * q, 100 * k, v, d_output)
+    want = dense_attention(*inputs, visible, SCALE)
+    for got, expected in zip(RUN["xla"](*inputs, mask), want, strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, expected, atol=2e-2 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_bfloat16_is_within_its_rounding():
+    rng = np.random.default_rng(5)
+    mask, visible = random_mask(rng, blocks=6, block_size=8, density=0.5)
+    inputs = random_inputs(rng, 48, 2, 16, dtype=jnp.bfloat16)
+    wide = [np.asarray(x, np.float64) for x in inputs]
+    for got, want in zip(RUN["xla"](*inputs, mask), dense_attention(*wide, visible, SCALE), strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < 8e-3, error
+
+
+@pytest.mark.parametrize("shared_mask", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_leading_batch_axis(implementation, shared_mask):
+    rng = np.random.default_rng(6)
+    masks = [random_mask(rng, blocks=4, block_size=8, density=0.5)[0] for _ in range(3)]
+    inputs = random_inputs(rng, 3, 32, 2, 16)
+    mask = masks[0] if shared_mask else jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+    batched = RUN[implementation](*inputs, mask)
+    for i in range(3):
+        alone = RUN[implementation](*(x[i] for x in inputs), masks[0] if shared_mask else masks[i])
+        for got, want in zip(batched, alone, strict=True):
+            np.testing.assert_allclose(got[i], want, atol=1e-6)
+
+
+def test_work_follows_the_visited_blocks(monkeypatch):
+    """Without jit the walk runs in Python, and each product of two blocks can be counted."""
+    products = 0
+
+    def count(*arguments):
+        nonlocal products
+        products += 1
+        return scores(*arguments)
+
+    scores = attention_xla._scores
+    monkeypatch.setattr(attention_xla, "_scores", count)
+    tokens = jnp.full(1024, 7, jnp.int32)
+    q, k, v, _ = random_inputs(np.random.default_rng(7), 1024, 1, 8)
+    for window in (1, 3, 8):
+        products = 0
+        long, _ = long_short_masks(tokens, window)
+        with jax.disable_jit():
+            block_sparse_attention(q, k, v, long, scale=SCALE, implementation="xla")
+        assert products == window
+
+
+def test_no_array_of_all_pairs_exists():
+    inputs = [jax.ShapeDtypeStruct((2048, 1, 16), jnp.float32)] * 4
+    mask = jax.eval_shape(lambda tokens: long_short_masks(tokens, 4)[0], jax.ShapeDtypeStruct((2048,), jnp.int32))
+    assert "2048x2048" not in RUN["xla"].lower(*inputs, mask).as_text()
+    assert "2048x2048" in RUN["reference"].lower(*inputs, mask).as_text()
+
+
+def test_window_changes_without_recompiling():
+    traces = 0
+
+    @jax.jit
+    def run(q, k, v, tokens, window):
+        nonlocal traces
+        traces += 1
+        long, _ = long_short_masks(tokens, window)
+        return block_sparse_attention(q, k, v, long, scale=SCALE, implementation="xla")
+
+    rng = np.random.default_rng(8)
+    tokens = jnp.full(512, 7, jnp.int32)
+    inputs = random_inputs(rng, 512, 1, 16)[:3]
+    outputs = [np.asarray(run(*inputs, tokens, jnp.int32(window))) for window in range(1, 5)]
+    assert traces == 1
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(outputs))
+
+
+class TestBadInput:
+    rng = np.random.default_rng(9)
+    mask, _ = random_mask(rng, blocks=4, block_size=8, density=0.5)
+    q = jnp.zeros((32, 2, 16))
+
+    def check(self, match, q=q, k=q, v=q, mask=mask, implementation="xla"):
+        with pytest.raises(ValueError, match=match):
+            block_sparse_attention(q, k, v, mask, scale=SCALE, implementation=implementation)
+
+    def test_shapes_differ(self):
+        self.check("one shape", k=jnp.zeros((32, 1, 16)))
+
+    def test_rank(self):
+        self.check("one shape", *[jnp.zeros((32, 16))] * 3)
+
+    def test_dtypes_differ(self):
+        self.check("one dtype", v=jnp.zeros((32, 2, 16), jnp.bfloat16))
+
+    def test_length_is_no_multiple_of_the_block(self):
+        self.check("multiple", *[jnp.zeros((30, 2, 16))] * 3)
+
+    def test_mask_of_another_length(self):
+        self.check("same sequence", *[jnp.zeros((64, 2, 16))] * 3)
+
+    def test_mask_of_another_batch(self):
+        batched = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), self.mask)
+        self.check("batch", *[jnp.zeros((3, 32, 2, 16))] * 3, mask=batched)
+
+    def test_block_size(self):
+        self.check("multiple", mask=dataclasses.replace(self.mask, block_size=128))
+
+    def test_implementation(self):
+        self.check("choose one of auto, hopper, xla, reference", implementation="flash")
