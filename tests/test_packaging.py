@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from jax_speedrun.kernels.implementation import SPILLING_JAX
-from tests.paths import ROOT
+from tests.paths import ROOT, module_names
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SITE_PACKAGES = sysconfig.get_path("purelib")
@@ -42,14 +42,6 @@ assert jnp.allclose(loss, jnp.log(64)), loss
 assert sorted(path.suffix for path in TINY_DATA.iterdir()) == [".bin", ".bin", ".md"]
 print(Path(attention.__file__).parent)
 """
-
-
-def modules() -> list[str]:
-    """Return the name of every module that imports without PyTorch."""
-    files = [*(ROOT / "jax_speedrun").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
-    ours = (name if name.startswith("jax_speedrun") else f"jax_speedrun.{name}" for name in names)
-    return sorted({name for name in ours if not name.endswith(".torch_side")})
 
 
 def package_files() -> set[str]:
@@ -138,7 +130,8 @@ def test_the_other_kernels_distribution_is_installed() -> None:
 
 
 def test_all_of_ours_imports_and_the_name_kernels_stays_theirs(tmp_path: Path) -> None:
-    imports = "\n".join(f"import {module}" for module in modules())
+    without_torch = {name for name in module_names() if not name.endswith(("torch_side", "reference_torch"))}
+    imports = "\n".join(f"import {name}" for name in sorted(without_torch))
     code = f"""
 import sys
 sys.path.append(sys.path.pop(sys.path.index({str(ROOT)!r})))  # our checkout after site-packages
