@@ -1,1 +1,1 @@
-"""What looks at the recipe from outside: cost model, profiles, statistics, samples, benchmarks, PyTorch beside it."""
+"""Tools that look at the recipe from outside: cost model, profiles, statistics, samples, benches, PyTorch beside it."""

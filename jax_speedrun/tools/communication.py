@@ -25,7 +25,7 @@ HOP_MS = 0.003
 """Assumed: what each further device of a ring adds to that."""
 STEP_MS = 91.6
 """Measured: `eighth` on one H100, a sequence of 65,536 tokens and the whole optimiser, mean over the windows of a run
-(docs/performance.md, 2026-11-25)."""
+(docs/lab-book.md, 2026-11-25)."""
 NEWTON_SCHULZ_MS = 3.5
 """Measured on one H100: Newton-Schulz of all the record's matrices in a profile of 2026-11-25, part of the above."""
 BACKWARD = 2 / 3

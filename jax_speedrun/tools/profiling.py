@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
+from ..errors import UsageError
+
 
 class Part(NamedTuple):
     """A part of the step, with what it should take on an H100, in ms: for one sequence of 65,536 tokens, or a step."""
@@ -69,7 +71,7 @@ class _Instruction(NamedTuple):
 
 
 def instruction_parts(hlo: str) -> dict[str, Part]:
-    """The part of each instruction in the text of an optimised HLO module, by the instruction's name.
+    """Return the part of each instruction in the text of an optimised HLO module, by the instruction's name.
 
     What XLA added itself, copies and fills, has no name in the model: it counts to the part of who uses it. Loops are
     left out, since their bodies' instructions are there.
@@ -133,7 +135,7 @@ def _part(opcodes: str, op_name: str, matmul: bool) -> Part:
         return HEAD_MATMULS if matmul else HEAD_PASSES
     if "embedding" in scopes:
         return EMBEDDING
-    return HIDDEN_MATMULS if matmul or "product" in scopes else ELEMENTWISE
+    return HIDDEN_MATMULS if matmul or "matmul" in scopes else ELEMENTWISE
 
 
 class Kernel(NamedTuple):
@@ -146,12 +148,12 @@ class Kernel(NamedTuple):
 
 
 def kernels(profile: Path, module: str) -> list[Kernel]:
-    """Every kernel in a profile's folder (of `jax.profiler.trace`) that belongs to the HLO module `module`.
+    """Return every kernel in a profile's folder (of `jax.profiler.trace`) that belongs to the HLO module `module`.
 
     On a GPU, kernels that name no module are listed as well: better not attributed than not counted.
 
     Raises:
-      ValueError: there is no profile in the folder.
+      UsageError: there is no profile in the folder.
     """
     totals: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     for launch in _launches(profile, module):
@@ -160,10 +162,10 @@ def kernels(profile: Path, module: str) -> list[Kernel]:
 
 
 def exposed_communication(profile: Path, module: str, parts: dict[str, Part]) -> float:
-    """Milliseconds in which a device ran communication and no other kernel, summed over the devices.
+    """Return the milliseconds in which a device ran communication and no other kernel, summed over the devices.
 
     Raises:
-      ValueError: there is no profile in the folder.
+      UsageError: there is no profile in the folder.
     """
     devices: dict[str, list[tuple[float, int, bool]]] = defaultdict(list)
     for launch in _launches(profile, module):
@@ -191,7 +193,7 @@ class _Launch(NamedTuple):
 def _launches(profile: Path, module: str) -> Iterator[_Launch]:
     files = sorted(profile.glob("**/*.xplane.pb"))
     if not files:
-        raise ValueError(f"{profile}: no *.xplane.pb in it")
+        raise UsageError(f"{profile}: no *.xplane.pb in it; profile again, into an empty folder")
     for plane in ProfileData.from_file(str(files[-1])).planes:
         on_gpu = plane.name.startswith("/device:GPU")
         if not (on_gpu or plane.name == "/host:CPU"):
@@ -209,12 +211,12 @@ def _launches(profile: Path, module: str) -> Iterator[_Launch]:
 
 
 def _communicates(kernel: str, instruction: str | None, parts: dict[str, Part]) -> bool:
-    """NCCL's kernels may name an instruction that the optimised module wraps in another."""
+    """Return whether a kernel is communication: NCCL's may name an instruction that the module wraps in another."""
     return kernel.startswith("nccl") or parts.get(instruction or "") is COMMUNICATION
 
 
 def attribute(found: Iterable[Kernel], parts: dict[str, Part]) -> dict[Part, list[Kernel]]:
-    """The kernels of each part, longest first. Instructions that `parts` leaves out are dropped."""
+    """Return the kernels of each part, longest first. Instructions that `parts` leaves out are dropped."""
     grouped: dict[Part, list[Kernel]] = {part: [] for part in PARTS}
     for kernel in sorted(found, key=lambda kernel: -kernel.ms):
         if _communicates(kernel.name, kernel.instruction, parts):

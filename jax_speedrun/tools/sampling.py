@@ -1,5 +1,9 @@
-"""Text from a checkpoint, one token at a time, by running the whole model on everything so far."""
+"""Write text with a trained model: `python scripts/sample.py RUN --prompt "It was"`.
 
+One token at a time, by running the whole model on everything so far.
+"""
+
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from ..config import Config, from_dict, resolve
+from ..data.tokenise import load_encoding
 from ..errors import UsageError
 from ..kernels.block_mask import BLOCK_SIZE, DOCUMENT_START
 from ..model import GPT, model_graph
@@ -18,16 +23,19 @@ from ..run.checkpoint import Checkpoints
 from ..schedules import window_blocks
 from ..sharding import make_mesh
 from ..step import Params, make_program
+from .command import make_parser, run_command
 
 
 class Trained(NamedTuple):
+    """A model after `step` steps."""
+
     config: Config
     params: Params
     step: int
 
 
 def load(run: Path) -> Trained:
-    """Parameters and configuration of the newest complete checkpoint of a run.
+    """Return parameters and configuration of the newest complete checkpoint of a run.
 
     Raises:
       UsageError: if the folder holds none.
@@ -91,3 +99,47 @@ def generate(
         answer.append(token)
         tokens[position + 1] = token
     return answer
+
+
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("sample.py", __doc__)
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run with a checkpoint")
+    p.add_argument("--prompt", default="", help="how the text begins (default: nothing)")
+    p.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write (default: %(default)s)")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the likeliest token each time (default: %(default)s)",
+    )
+    p.add_argument(
+        "--top-k", type=int, default=50, metavar="N", help="choose among so many tokens (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    p.add_argument(
+        "--bpe-files",
+        type=Path,
+        nargs=2,
+        metavar=("VOCAB_BPE", "ENCODER_JSON"),
+        help="GPT-2's vocab.bpe and encoder.json, for a machine without network",
+    )
+    return p
+
+
+def sample(options: argparse.Namespace) -> int:
+    encoding = load_encoding(tuple(options.bpe_files) if options.bpe_files else None)
+    answer = generate(
+        load(options.run),
+        encoding.encode_ordinary(options.prompt),
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    print(options.prompt + encoding.decode(answer))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command(parser(), sample, arguments)

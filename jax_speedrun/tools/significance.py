@@ -1,5 +1,9 @@
-"""The statistics behind a claim: what the logs of several runs say, together or against those of others."""
+"""Statistics of finished runs from their logs: is the loss below the target, and how long did they take?
 
+Of one group of runs, or of two against each other.
+"""
+
+import argparse
 import dataclasses
 import math
 import re
@@ -11,6 +15,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from ..errors import UsageError
+from .command import make_parser, run_command
 
 TARGET = 3.28
 CONFIDENCE = 0.95
@@ -56,7 +61,7 @@ class Difference:
 
 
 def read_run(log: Path) -> Run:
-    """Reads a log.txt, or that of a run's folder.
+    """Read a log.txt, or that of a run's folder.
 
     Raises:
       UsageError: it cannot be read, or the run was not finished.
@@ -84,7 +89,7 @@ def read_run(log: Path) -> Run:
 
 
 def read_runs(logs: Sequence[Path]) -> list[Run]:
-    """Reads one group of runs.
+    """Read one group of runs.
 
     Raises:
       UsageError: as `read_run`, or the group counts a log twice or mixes runs of different length.
@@ -100,7 +105,7 @@ def read_runs(logs: Sequence[Path]) -> list[Run]:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Describes a sample of at least one value."""
+    """Describe a sample of at least one value."""
     n, mean = len(values), float(np.mean(values))
     if n == 1:
         return Summary(n, mean, math.nan, math.nan, math.nan)
@@ -110,14 +115,14 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def p_below(values: Sequence[float], target: float) -> float:
-    """One-sided p-value of the true mean being below `target` (t-test); nan for one value, or several equal ones."""
+    """Return the one-sided p-value of a true mean below `target` (t-test); nan for one value, or several equal ones."""
     if len(values) < 2 or np.ptp(values) == 0:
         return math.nan
     return float(scipy.stats.ttest_1samp(values, target, alternative="less").pvalue)
 
 
 def compare(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Welch's comparison of two samples; nan where one has fewer than 2 values or neither has any spread."""
+    """Compare two samples by Welch's test; nan where one has fewer than 2 values or neither has any spread."""
     mean = float(np.mean(values) - np.mean(others))
     if min(len(values), len(others)) < 2 or np.ptp(values) == np.ptp(others) == 0:
         return Difference(mean, math.nan, math.nan, math.nan)
@@ -127,7 +132,7 @@ def compare(values: Sequence[float], others: Sequence[float]) -> Difference:
 
 
 def report(runs: Sequence[Run], versus: Sequence[Run] = (), target: float = TARGET) -> str:
-    """The evidence as text, for one group of runs or two."""
+    """Return the statistics as text, for one group of runs or two."""
     lines = _describe(runs, target)
     if versus:
         lines += ["", "versus", *_describe(versus, target), "", "difference (first group minus second)"]
@@ -137,7 +142,7 @@ def report(runs: Sequence[Run], versus: Sequence[Run] = (), target: float = TARG
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Validation loss over training time for each named group of runs, as a PNG: one line a run, one colour a group.
+    """Draw validation loss over training time for each named group of runs, a line a run and a colour a group. PNG.
 
     Raises:
       UsageError: if `path` cannot be written.
@@ -198,3 +203,31 @@ def _difference(difference: Difference, decimals: int) -> str:
         return f"{mean}   (a test needs at least 2 logs on each side, and values that differ)"
     interval = f"{difference.low:+9.{decimals}f} to {difference.high:+9.{decimals}f}"
     return f"{mean}   95 % interval {interval}   p = {difference.p:.4g} (Welch's t-test, two-sided)"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("significance.py", __doc__)
+    p.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.txt of a finished run, or its folder")
+    p.add_argument(
+        "--versus", type=Path, nargs="+", default=[], metavar="LOG", help="a second group of runs to compare with"
+    )
+    p.add_argument(
+        "--target", type=float, default=TARGET, metavar="LOSS", help="val loss to be below (default: %(default)s)"
+    )
+    p.add_argument("--chart", type=Path, metavar="FILE", help="draw the loss curves of all runs, as a PNG")
+    p.add_argument(
+        "--names", nargs=2, default=("runs", "versus"), metavar="NAME", help="of the two groups in the chart"
+    )
+    return p
+
+
+def run(options: argparse.Namespace) -> int:
+    groups = read_runs(options.logs), read_runs(options.versus)
+    print(report(*groups, options.target))
+    if options.chart:
+        draw({name: runs for name, runs in zip(options.names, groups, strict=True) if runs}, options.chart)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command(parser(), run, arguments)

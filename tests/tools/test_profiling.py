@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,8 @@ import numpy as np
 import pytest
 
 from jax_speedrun.config import PRESETS
-from jax_speedrun.tools import profiling
+from jax_speedrun.tools import profile_step, profiling
 from jax_speedrun.tools.profiling import PARTS, Kernel, attribute, instruction_parts, kernels
-from tests.scripts import load_script
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -114,27 +114,27 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     small = dataclasses.replace(PRESETS["tiny"], model=model, sequences=1, sequence_length=256, attention="reference")
     monkeypatch.setitem(PRESETS, "tiny", small)
-    script = load_script("profile_step")
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     arguments = ["--preset", "tiny", "--window", "2", "--steps", "2", "--mesh", "1", "--out", str(tmp_path / "p")]
-    assert script.main(arguments) == 0
+    assert profile_step.main(arguments) == 0
     printed = capsys.readouterr().out
     assert all(part.name.split(",")[0] in printed for part in PARTS)
     saved = json.loads((tmp_path / "p" / "parts.json").read_text())
     assert saved["head matmuls"]
     assert saved["optimisers"]
     assert sum(kernel["ms"] for kernel in saved["not attributed"]) == 0
-    assert script.main(["--preset", "tiny", "--window", "99"]) == 2
+    assert profile_step.main(["--preset", "tiny", "--window", "99"]) == 2
     error = capsys.readouterr().err
     assert "--window 99: " in error
     assert "window of 99" in error
-    assert script._start(None, small) == 12  # of 24 steps
+    assert profile_step._start(None, small) == 12  # of 24 steps
 
 
 @pytest.mark.parametrize(
     ("sequences", "attention", "optimisers"), [(1, "8 12", "8"), (4, "32 48", "8"), (None, "", "")]
 )
 def test_bounds_are_for_what_a_device_does(capsys, sequences, attention, optimisers):
-    load_script("profile_step").show({part: [] for part in PARTS}, 1, sequences)
+    profile_step.show({part: [] for part in PARTS}, 1, sequences)
     rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
     bounds = {row[1]: " ".join(filter(None, row[3:5])) for row in rows}
     assert (bounds["attention"], bounds["optimisers"]) == (attention, optimisers)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_speedrun.data.batches import END_OF_TEXT, write_shard
-from tests.scripts import load_script
+from jax_speedrun.tools import rehearse as script
 
 TRAIN = """
 import json, pathlib, sys
@@ -30,7 +30,6 @@ LAUNCHER = "import runpy, sys; sys.argv = sys.argv[3:]; runpy.run_path(sys.argv[
 @pytest.fixture
 def rehearse(tmp_path, monkeypatch):
     """The script, with `install(drift)` for its stand-ins, and a data set of two batches."""
-    script = load_script("rehearse")
     scripts = tmp_path / "scripts"
     monkeypatch.setattr(script, "SCRIPTS", scripts)
     (tmp_path / "torch" / "distributed").mkdir(parents=True)

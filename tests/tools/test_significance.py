@@ -43,7 +43,7 @@ def write_log(path: Path, val_loss: float, time_ms: float, steps: int = 1385, ex
 
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, [ROOT / "scripts" / "evidence.py", *arguments])]
+    command = [sys.executable, *map(str, [ROOT / "scripts" / "significance.py", *arguments])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -203,7 +203,7 @@ def test_the_script_says_it_in_one_line(tmp_path: Path) -> None:
     done = run_script(*unfinished(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("evidence.py: error: ")
+    assert done.stderr.startswith("significance.py: error: ")
     assert str(tmp_path / "log.txt") in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""The JAX side of scripts/compare.py: jax_speedrun's own step and its parts, as `worker.Side` wants them."""
+"""The JAX side of compare.py: jax_speedrun's own step and its parts, as `worker.Side` wants them."""
 
 import dataclasses
 import functools

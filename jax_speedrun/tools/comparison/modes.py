@@ -1,4 +1,4 @@
-"""What scripts/compare.py does, given its options: measure speed, compare values, or train both."""
+"""What compare.py does, given its options: measure speed, compare values, or train both."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from ...errors import UsageError
 from ...kernels.block_mask import visible_pairs
 from ...kernels.implementation import Implementation
 from ...schedules import step_of_window
-from .. import significance as evidence
+from .. import significance
 from . import parity, report, turns
 from .turns import Launcher
 from .worker import WINDOWS, load_arrays
@@ -26,8 +26,8 @@ from .worker import WINDOWS, load_arrays
 VALIDATION_SEQUENCES = 16
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code: 1 if parity fails.
+def compare(options: argparse.Namespace) -> int:
+    """Do what the options ask for, and return the exit code: 1 if parity fails.
 
     Raises:
       UsageError: for options, data or an environment that will not do; nothing is written then.
@@ -136,10 +136,10 @@ def train(options: argparse.Namespace, launch: Launcher, out: Path) -> int:
     if options.data is None:
         raise UsageError("--train needs --data: 91 M tokens for a whole run; scripts/prepare_data.py makes shards")
     runs = turns.train_in_turns(launch.interpreters, options.data, out, options.seeds, options.steps)
-    jax_runs, torch_runs = (evidence.read_runs(runs[framework]) for framework in turns.FRAMEWORKS)
+    jax_runs, torch_runs = (significance.read_runs(runs[framework]) for framework in turns.FRAMEWORKS)
     print("runs: JAX; versus: PyTorch")
-    print(evidence.report(jax_runs, torch_runs))
-    evidence.draw({"JAX": jax_runs, "PyTorch": torch_runs}, out / "curves.png")
+    print(significance.report(jax_runs, torch_runs))
+    significance.draw({"JAX": jax_runs, "PyTorch": torch_runs}, out / "curves.png")
     print(f"written: {out / 'curves.png'}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What scripts/compare.py says of its measurements: a summary as JSON values, a table, a chart."""
+"""What compare.py says of its measurements: a summary as JSON values, a table, a chart."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The PyTorch side of scripts/compare.py: scripts/reference_torch.py as `worker.Side` wants it.
+"""The PyTorch side of compare.py: reference_torch.py as `worker.Side` wants it.
 
 PyTorch and the reference come in as an argument, so that nothing in this package imports them.
 """

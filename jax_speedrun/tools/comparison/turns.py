@@ -19,7 +19,9 @@ from ...data.batches import END_OF_TEXT, TokenBatches, find_shards, validation_s
 from ...errors import UsageError
 from .worker import save_arrays
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
+"""The folder that holds the package; in a checkout also the scripts."""
+WORKER = "jax_speedrun.tools.comparison.worker"
 FRAMEWORKS = ("jax", "torch")
 SAMPLE_SECONDS = 0.25
 DOCUMENT_MEDIAN, DOCUMENT_SIGMA = 400, 1.06
@@ -60,8 +62,7 @@ class Launcher:
         self.folder.mkdir(parents=True, exist_ok=True)
         job_file, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
         job_file.write_text(json.dumps({**job, "began": time.time()}), encoding="utf-8")
-        script = ROOT / "scripts" / "compare.py"
-        command = [self.interpreters[framework], str(script), "--worker", framework, str(job_file)]
+        command = [self.interpreters[framework], "-m", WORKER, framework, str(job_file)]
         cache = self.folder / "cache"
         (cache / "jax").mkdir(parents=True, exist_ok=True)  # or JAX makes it with its first program
         environment = {
@@ -89,10 +90,23 @@ class Launcher:
         raise UsageError(f"the {framework} worker failed ({last[:200]}); {way_out}")
 
 
+def count_gpus(python: str) -> int:
+    """Return how many GPUs JAX can use, as a process of its own finds out.
+
+    Raises:
+      UsageError: none.
+    """
+    code = "import jax; print(len(jax.devices('gpu')))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError("no GPU that JAX can use; the README says how to install for one")
+    return int(done.stdout)
+
+
 def measure_in_turns(
     launch: Callable[[str, Job, str], Result], job: Job, rounds: int, say: Callable[[str], None] = print
 ) -> Iterator[list[Result]]:
-    """A B A B ...: in each round both frameworks measure everything once, in a fresh process each.
+    """Measure A B A B ...: in each round both frameworks do everything once, in a fresh process each.
 
     Caches start out empty, so the first round compiles everything and the later ones find it done.
 

@@ -1,10 +1,15 @@
-"""What one framework's process of scripts/compare.py does: the same for JAX and PyTorch, in NumPy alone.
+"""What one framework's process of compare.py does: the same for JAX and PyTorch, in NumPy alone.
+
+    python -m jax_speedrun.tools.comparison.worker jax|torch JOB.json
 
 A job comes in as JSON, arrays as .npz, and the answer goes out as one line of JSON. Whatever depends on the
-framework stands behind `Side`: jax_side.py and torch_side.py.
+framework stands behind `Side`: jax_side.py and torch_side.py. Each is imported where its framework is installed, and
+nothing else here needs more than NumPy.
 """
 
+import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -153,3 +158,23 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return dict(file)
+
+
+def main(framework: str, job_file: str) -> None:
+    """Do one job. The last line on standard output is the result."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    side: Side
+    if framework == "jax":
+        from .jax_side import JaxSide
+
+        side = JaxSide(job)
+    else:
+        from . import reference_torch
+        from .torch_side import TorchSide
+
+        side = TorchSide(job, reference_torch)
+    print(json.dumps(run_job(side, job)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Timing functions on a device, for the benchmark scripts."""
+"""Times of functions on a device."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ def milliseconds(
     rounds: int,
     wait: Callable[[Any], object] = jax.block_until_ready,
 ) -> dict[str, float]:
-    """For each function the time of a call: the median over `rounds` of the mean of `calls` calls in a row.
+    """Return for each function the time of a call: the median over `rounds` of the mean of `calls` calls in a row.
 
     A round runs all functions in turn. A GPU under load lowers its clock within seconds: if one function were measured
     to the end before the next, what comes first would look best.

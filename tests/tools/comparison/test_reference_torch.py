@@ -1,6 +1,7 @@
-"""scripts/reference_torch.py against float64 NumPy, where PyTorch is installed; its numbers and its refusal without."""
+"""The recipe in PyTorch against float64 NumPy, where PyTorch is installed; its numbers everywhere."""
 
 import ast
+import importlib
 import math
 import os
 import subprocess
@@ -10,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_speedrun.tools.comparison.reference_run import PendingLoss
 from tests.numpy_model import forward_loss, visible
 from tests.paths import ROOT
-from tests.scripts import load_script
 
-SCRIPT = ROOT / "scripts" / "reference_torch.py"
+SOURCE = ROOT / "jax_speedrun" / "tools" / "comparison" / "reference_torch.py"
 TOKENS = 512
 SMALL = {
-    "padded_vocabulary": 256,
+    "padded_vocab_size": 256,
     "layers": 6,
     "width": 32,
     "heads": 2,
@@ -36,7 +37,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def reference():
     pytest.importorskip("torch", reason="PyTorch is not installed; pip install -e '.[torch]' to test the reference")
-    return load_script("reference_torch")
+    return importlib.import_module("jax_speedrun.tools.comparison.reference_torch")
 
 
 def some_tokens(seed=0):
@@ -150,7 +151,7 @@ def test_block_lists_cover_the_visible_keys_nearest_first(reference, window):
                     assert row[:count] == sorted(row[:count], reverse=True)
 
 
-def test_full_blocks_need_no_element_rule(reference):
+def test_full_blocks_need_no_mask_function(reference):
     torch = reference.torch
     tokens, _ = some_tokens()
     mask, _ = reference.long_short_masks(torch.from_numpy(tokens), torch.tensor(3, dtype=torch.int32))
@@ -244,7 +245,7 @@ def test_fp8_head_stays_near_float32_and_chunks_change_nothing(reference):
         fp8 = run("fp8")
         close(fp8, exact, 0.08)
         close(run("fp8", chunks=4), fp8, 1e-5)
-        for got, scaled in zip(reference._fp8_product(x_TD, w_VD)[1:], (2 * x_TD, 32 * w_VD), strict=True):
+        for got, scaled in zip(reference._fp8_matmul(x_TD, w_VD)[1:], (2 * x_TD, 32 * w_VD), strict=True):
             rounded_once = scaled.detach().float().numpy().astype(ml_dtypes.float8_e4m3fn)
             np.testing.assert_array_equal(got.detach().float().numpy(), rounded_once.astype(np.float32))
 
@@ -252,22 +253,21 @@ def test_fp8_head_stays_near_float32_and_chunks_change_nothing(reference):
 def test_training_steps_lower_the_loss_and_read_schedules(reference):
     made = training(reference)
     tokens, targets = (reference.torch.from_numpy(x) for x in some_tokens())
-    losses = [reference.PendingLoss(step, made.step(tokens[None], targets[None], step)).wait() for step in range(8)]
+    losses = [PendingLoss(step, made.step(tokens[None], targets[None], step)).wait() for step in range(8)]
     assert losses[-1] < losses[0] - 0.5
     assert made.evaluate(tokens[None], targets[None], 8) < losses[0]
     assert [reference.window_blocks(step, 1385, 1728) for step in (0, 102, 103, 1384, 1385)] == [1, 1, 2, 14, 14]
     assert reference.learning_rate_factor(1385, 1385) == pytest.approx(0.1)
     assert reference.learning_rate_factor(831, 1385) == pytest.approx(1.0)
-    assert reference.momentum_schedule(150, 300) == pytest.approx(0.9)
+    assert reference.momentum_at(150, 300) == pytest.approx(0.9)
 
 
 PROCESS = """
 import os, sys
 import numpy as np
-from tests.scripts import load_script
-from tests.tools.test_reference_torch import some_tokens, training
+from jax_speedrun.tools.comparison import reference_torch as reference
+from tests.tools.comparison.test_reference_torch import some_tokens, training
 
-reference = load_script("reference_torch")
 torch, dist = reference.torch, reference.dist
 rank, count = int(sys.argv[3]), int(sys.argv[4])
 if count > 1:
@@ -322,38 +322,16 @@ def test_numbers_are_those_of_the_jax_recipe():
     ours = defaults(ROOT / "jax_speedrun" / "config.py", names)
     # How JAX rounds the updates that travel between devices; the reference's travel in another way.
     del ours["OptimizerConfig"]["update_dtype"]
-    assert defaults(SCRIPT, names) == ours
+    assert defaults(SOURCE, names) == ours
     assert ours.keys() == names
 
 
-@pytest.mark.parametrize(("options", "code"), [(("--data", "x", "--out", "y"), 2), (("--help",), 0)])
-def test_without_torch_one_line_says_how_to_get_it(tmp_path, options, code):
-    # Absent also where it is installed.
-    code_without_torch = """
-import runpy, sys
-
-class NoTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
-
-sys.meta_path.insert(0, NoTorch())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code_without_torch, str(SCRIPT), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-    )
-    assert done.returncode == code, done.stderr
-    if code:
-        assert done.stderr.splitlines() == [
-            "reference_torch.py: error: PyTorch is not installed; run: pip install -e '.[torch]'"
-        ]
-    else:
-        assert "usage:" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+def test_it_imports_pytorch_and_the_standard_library_alone():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." if node.level else node.module.partition(".")[0])
+    assert "torch" in imported
+    assert imported - {"torch"} <= sys.stdlib_module_names

@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels, each beside what else could do its work."""

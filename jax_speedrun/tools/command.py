@@ -1,0 +1,42 @@
+"""What every command has: a parser, a main, and one line for what its user can put right.
+
+    def parser() -> argparse.ArgumentParser:
+        p = make_parser("sample.py", __doc__)
+        ...
+
+    def main(arguments: list[str] | None = None) -> int:
+        return run_command(parser(), work, arguments)
+
+Imports nothing but the standard library: a Python that has PyTorch alone runs commands too.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from ..errors import UsageError
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for the command `name` that shows `description` as it is written."""
+    return argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], arguments: list[str] | None
+) -> int:
+    """Parse `arguments` (None: the process' own), do the work, and return the exit code.
+
+    A UsageError becomes a line on stderr and the code 2, an interrupt from the keyboard a line and 130.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        return work(options)
+    except UsageError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,72 @@
+"""How workers are started, and what they are given."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from jax_speedrun.config import PRESETS
+from jax_speedrun.data.batches import END_OF_TEXT, TINY_DATA
+from jax_speedrun.errors import UsageError
+from jax_speedrun.tools.comparison import turns
+from jax_speedrun.tools.comparison.worker import load_arrays
+from tests.tools.comparison.fakes import fake_python
+
+TINY = PRESETS["tiny"]
+
+
+def test_frameworks_take_turns():
+    started = []
+
+    def launch(framework, job, name):
+        started.append((framework, name))
+        return {"answer": len(started)}
+
+    after_one, results = turns.measure_in_turns(launch, {}, 2, say=lambda _: None)
+    assert after_one == results[:2]
+    assert started == [("jax", "jax-0"), ("torch", "torch-0"), ("jax", "jax-1"), ("torch", "torch-1")]
+    assert [(r["framework"], r["round"], r["answer"]) for r in results] == [
+        ("jax", 0, 1),
+        ("torch", 0, 2),
+        ("jax", 1, 3),
+        ("torch", 1, 4),
+    ]
+
+
+def test_a_workers_answer_is_its_last_line(tmp_path):
+    python = fake_python(tmp_path / "python", "print('hello'); print(json.dumps({'part': job['parts'], 'n': 1}))")
+    launch = turns.Launcher({"torch": python}, tmp_path / "work")
+    launch.require_torch()
+    assert launch("torch", {"parts": ["head"]}, "torch-0") == {"part": ["head"], "n": 1}
+    assert time.time() - 60 < json.loads((tmp_path / "work" / "torch-0.json").read_text())["began"] < time.time()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("ValueError: bad", r"^the torch worker failed \(ValueError: bad\); see .*torch-0.log$"),
+        ("CUDA out of memory. Tried", "smaller --sequence-length"),
+    ],
+)
+def test_a_failed_worker_is_one_line(tmp_path, said, message):
+    launch = turns.Launcher({"torch": fake_python(tmp_path / "python", f"sys.exit({said!r})")}, tmp_path / "work")
+    with pytest.raises(UsageError, match=message):
+        launch("torch", {}, "torch-0")
+
+
+def test_inputs_are_text_cut_into_documents(tmp_path):
+    said = turns.write_inputs(tmp_path / "inputs.npz", TINY, TINY_DATA, 40, cut=True, validation=3)
+    assert "log-normal" in said
+    arrays = load_arrays(tmp_path / "inputs.npz")
+    tokens, targets = arrays["tokens"].reshape(-1), arrays["targets"].reshape(-1)
+    assert arrays["tokens"].shape == (40, 1024)
+    assert arrays["val_tokens"].shape == arrays["val_targets"].shape == (3, 1024)
+    np.testing.assert_array_equal(tokens[1:], targets[:-1])
+    lengths = np.diff(np.flatnonzero(tokens == END_OF_TEXT))
+    assert 200 < np.median(lengths) < 600
+    turns.write_inputs(tmp_path / "same.npz", TINY, TINY_DATA, 3, cut=False, validation=0)
+    plain = load_arrays(tmp_path / "same.npz")
+    assert (plain["tokens"] == END_OF_TEXT).sum() <= 3
+    agree = plain["tokens"] == arrays["tokens"][:3]
+    assert (agree | (arrays["tokens"][:3] == END_OF_TEXT)).all()
