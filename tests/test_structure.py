@@ -49,7 +49,7 @@ def test_contracts_are_kept() -> None:
         ("kernels/attention/reference.py", "def f():\n    from ...config import Config", "all of it on the kernels"),
         ("kernels/implementation.py", "from ..errors import UsageError", "all of it on the kernels"),
         ("jax_speedrun/model.py", "from .run import log", "all of it on the kernels"),
-        ("jax_speedrun/run/loop.py", "from ..tools import plan", "all of it on the kernels"),
+        ("jax_speedrun/run/loop.py", "from ..tools import cost_model", "all of it on the kernels"),
         ("jax_speedrun/data/shards.py", "from .. import model", "all of it on the kernels"),
         ("jax_speedrun/stairs.py", "", "all of it on the kernels"),
         ("kernels/attention/schedule.py", "def f():\n    from . import hopper", "no circle"),

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...data.batches import TokenBatches, find_shards, prefetch, validation_sequences
 from ...errors import UsageError
 from ..command import make_parser, run_command
 
@@ -108,6 +107,7 @@ def train(training: "Training", options: argparse.Namespace) -> None:
     from torch import distributed
 
     jax.config.update("jax_platforms", "cpu")
+    from ...data.batches import TokenBatches, find_shards, prefetch, validation_sequences
     from ...run.log import RunLog
 
     on_gpu = training.device.type == "cuda"

@@ -11,13 +11,23 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_speedrun.config import PRESETS, Config
+from jax_speedrun.config import PRESETS, Config, resolve
 from jax_speedrun.optimizer import muon, state_specs
 from jax_speedrun.sharding import DATA_AXIS, shards_of
 from jax_speedrun.step import make_program
-from jax_speedrun.tools.communication import Kind, communication_plan, describe_scaling, predict
+from jax_speedrun.tools.cost_model import (
+    H100,
+    Kind,
+    communication_plan,
+    describe,
+    describe_scaling,
+    planned_device,
+    predict,
+)
+from tests.devices import A100
 from tests.hlo import dot_flops, text
 from tests.paths import ROOT
+from tests.scripts import load_script
 from tests.test_sharding import SMALL, compilation_cache, mesh_of  # noqa: F401 (a fixture)
 
 DTYPE_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
@@ -131,6 +141,69 @@ def test_prediction_adds_up():
     assert one.compute == pytest.approx(8 * eight.compute)
     # Newton-Schulz of 48 squares and 24 rectangles, where one device has 44 and 24.
     assert eight.newton_schulz * 8 / one.newton_schulz == pytest.approx((48 * 3 + 24 * 9) / (44 * 3 + 24 * 9))
+
+
+def plan(config: Config, devices: int, device=None) -> str:
+    """What a dry run prints."""
+    mesh = mesh_of(devices)
+    device = device or planned_device(config, mesh.devices.flat[0])
+    config = resolve(config, device)
+    return f"{describe(config, mesh, device)}\n{describe_scaling(config, devices, device)}"
+
+
+@pytest.mark.parametrize(("preset", "devices"), [("sub3min", 8), ("sub3min", 2), ("eighth", 1)])
+def test_a_plan_on_a_cpu_for_a_gpus_recipe_is_for_h100s_throughout(preset, devices):
+    text = " ".join(plan(PRESETS[preset], devices).split())
+    assert f"{devices} x {H100.device_kind} (gpu)" in text
+    assert f"all below is for these, not for this machine's {devices} x cpu" in text
+    assert "attention: hopper; head matmuls in fp8 " in text
+    assert f"predicted on {devices} x H100: " in text
+
+
+def test_a_plan_for_this_machine_says_nothing_of_another(capsys):
+    text = plan(PRESETS["tiny"], 8)
+    assert "8 x cpu (cpu)" in text
+    assert "attention:  xla; head matmuls in float32" in text
+    assert "time: not predicted; it was measured on H100 only, not on cpu" in text
+    for of_gpus in ("GB/s", " ms", "predicted on", "hidden"):
+        assert of_gpus not in text
+
+
+def test_a_plan_for_another_gpu_is_for_that_one():
+    text = plan(PRESETS["sub3min"], 8, A100)
+    assert "attention:  xla; head matmuls in fp8_emulated" in text
+    assert "measured on H100 only, not on NVIDIA A100-SXM4-80GB" in text
+    assert "GB/s" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": "xla", "kernels": "xla"}, "with the Hopper kernels only"),
+        ({"kernels": "xla"}, "with the Hopper kernels only"),
+        ({"sequence_length": 1024}, "for the record's shapes only"),
+    ],
+)
+def test_what_was_not_measured_is_not_predicted(changes, said):
+    text = plan(dataclasses.replace(PRESETS["sub3min"], **changes), 8)
+    assert f"time: not predicted; it was measured {said}" in text
+    assert "predicted on" not in text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_plan_fits_80_columns(preset, devices):
+    config = PRESETS[preset]
+    if config.sequences % devices == 0:
+        assert max(map(len, plan(config, devices).splitlines())) <= 80
+
+
+def test_the_dry_run_plans_kernels_that_this_machine_cannot_run(capsys):
+    arguments = ["--preset", "eighth", "--attention", "hopper", "--kernels", "hopper", "--dry-run"]
+    assert load_script("train").main(arguments) == 0
+    assert "predicted on 1 x H100: " in capsys.readouterr().out
+    assert load_script("train").main([*arguments[:-1], "--data", "nowhere"]) == 2
+    assert "H100 or H200, not cpu" in capsys.readouterr().err
 
 
 def test_docs_show_the_plan_as_the_function_makes_it():
