@@ -111,7 +111,7 @@ def test_it_works_where_it_is_installed(kind: str, distributions: dict[str, Path
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--ignore-installed")
     run(*pip, "--no-deps", "--no-index", "--no-build-isolation", distributions[kind], cwd=tmp_path)
     assert run(python, "-c", USE, cwd=elsewhere).strip() == str(own_packages / "jax_speedrun" / "kernels" / "attention")
-    for command in PROJECT.get("scripts", {}):
+    for command in PROJECT["scripts"] if kind == "wheel" else ():
         assert "usage:" in run(environment / "bin" / command, "--help", cwd=elsewhere)
     assert list(elsewhere.iterdir()) == []
 
