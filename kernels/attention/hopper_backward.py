@@ -42,8 +42,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..block_mask import BLOCK_SIZE
-from ..hopper.config import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, KernelConfig
-from ..hopper.pipeline import Ring, ring_barriers
+from ..hopper.config import WARPGROUP_ROWS, WARPGROUPS
+from ..hopper.pipeline import Ring, is_filler, ring_barriers
 from ..hopper.primitives import (
     COLUMN,
     ROW,
@@ -56,20 +56,15 @@ from ..hopper.primitives import (
     preload,
     read_preloaded,
     rows,
-    split_roles,
     tile,
     with_accumulators,
 )
 from ..hopper.rotary import HEAD_WIDTH, ROTATED, rotate
-from .hopper_producer import Copy, Stream, Tile, for_each_tile, halves, produce, release_last
+from .hopper_tiles import SLOTS, STAGES, Copy, Header, Resident, Tile, for_each_tile
 from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
 
 PARTS = BLOCK_SIZE // WARPGROUP_ROWS
 QUARTER = (WARPGROUP_ROWS, WARPGROUP_ROWS)
-
-CONFIG = KernelConfig(stages=2)
-"""Shared memory at head width 128, of 227 KiB: 2 x 64 (queries and output gradients, or keys and values) + 2 x 32 (64
-rows of the other two) = 192 KiB. Measured with one slot, 3 stages were up to 14 % slower than 2, and 4 no faster."""
 
 
 class Origin(NamedTuple):
@@ -84,42 +79,75 @@ class Origin(NamedTuple):
 
 
 class DqBuffers(NamedTuple):
-    """Shared memory of dQ; the first axis is the slot, or (kv, key_documents) the stage."""
+    """Shared memory of dQ; the first axis is the slot, and then the warpgroup, or (kv, key_documents) the stage.
+
+    At head width 128, of 227 KiB: 2 x 64 (queries and output gradients) + 2 x 32 (64 keys and values) = 192 KiB.
+    """
 
     q: Ref
     do: Ref
     lse: Ref
     delta: Ref
     query_documents: Ref
+    dots: Ref  # of the queries; None without their origin
     kv: Ref  # [stage, 0] keys, [stage, 1] values
     key_documents: Ref
-    dots: Ref  # of the queries; None without their origin
-
-
-class Rings(NamedTuple):
-    """The rings of the resident tiles and of the stream."""
-
-    resident: Ring
-    stream: Ring
 
 
 class DkvBuffers(NamedTuple):
-    """Shared memory of dK and dV; the first axis is the slot (k, v, key_documents) or the stage."""
+    """Shared memory of dK and dV, as large: slot and warpgroup (k, v, key_documents, sums), or stage."""
 
     k: Ref
     v: Ref
     key_documents: Ref
+    sums: Ref  # [slot, warpgroup, 0] dots of the keys, [.., 1] of the values; None without an origin
     qdo: Ref  # [stage, 0] queries, [stage, 1] output gradients
     lse: Ref
     delta: Ref
     query_documents: Ref
-    sums: Ref  # [slot, warpgroup, 0] dots of the keys, [.., 1] of the values; None without an origin
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config"))  # lowered once, not once a layer
+class Barriers(NamedTuple):
+    """`resident`: on which a slot's copies arrive. `ring`: of the stream."""
+
+    resident: Ref
+    ring: list[Ref]
+
+
+class Stream(NamedTuple):
+    """The stream, and what fills it.
+
+    copy: starts the copies of half a block: (first row, head, slot, its `ready` barrier).
+    prologue: the same for what takes a tile's first step, before its entries, if anything does.
+    """
+
+    ring: Ring
+    copy: Callable[[Array, Array, Array, Ref], None]
+    prologue: Callable[[Array, Array, Array, Ref], None] | None = None
+
+    @property
+    def extra(self) -> int:
+        """Steps of a tile beside those of its entries."""
+        return 0 if self.prologue is None else 1
+
+    def fill_half(self, step: Array, entry: Array, half: Array | int, head: Array) -> None:
+        """Have step number `step` bring a half of an entry's block."""
+        first_row = (entry >> ENTRY_BITS) * BLOCK_SIZE + half * WARPGROUP_ROWS
+        self.ring.refill(self.ring.slot(step), step >= STAGES, functools.partial(self.copy, first_row, head))
+
+    def fill_first(self, step: Array, header: Header) -> None:
+        """Have step number `step` bring what a tile begins with."""
+        if self.prologue is None:
+            self.fill_half(step, header.first_entry, 0, header.head)
+            return
+        copy = functools.partial(self.prologue, header.block * BLOCK_SIZE, header.head)
+        self.ring.refill(self.ring.slot(step), step >= STAGES, copy)
+
+
+@functools.partial(jax.jit, static_argnames="scale")  # lowered once, not once a layer
 def backward_dq(
     q_THK: Array, k_THK: Array, v_THK: Array, o_THK: Array, do_THK: Array, lse_HT: Array, documents_T: Array,
-    schedule: Array, origin: Origin | None = None, *, scale: float, config: KernelConfig = CONFIG,
+    schedule: Array, origin: Origin | None = None, *, scale: float,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Return the gradient of q, (T, H, K) bf16, and delta (H, T) float32. `schedule` is `Schedule.by_query`.
 
@@ -134,29 +162,39 @@ def backward_dq(
 
     def body(
         q: Ref, k: Ref, v: Ref, o: Ref, do: Ref, lse: Ref, documents: Ref, schedule: Ref, assignment: Ref,
-        origin: Ref, *out: Ref, smem: DqBuffers, barriers: list[list[Ref]], accumulators: list[Ref],
+        origin: Ref, *out: Ref, smem: DqBuffers, barriers: Barriers, accumulators: list[Ref],
     ) -> None:  # fmt: skip
-        rings = Rings(*(Ring(*ring) for ring in barriers))
-        per_query = [
-            Copy(lse, lambda slot: smem.lse.at[slot], BLOCK_SIZE),
-            Copy(documents, lambda slot: smem.query_documents.at[slot], BLOCK_SIZE),
-        ]
-        per_key = Copy(documents, lambda stage: smem.key_documents.at[stage], WARPGROUP_ROWS)
-        keys = Copy(k, lambda stage: smem.kv.at[stage, 0], WARPGROUP_ROWS)
-        values = Copy(v, lambda stage: smem.kv.at[stage, 1], WARPGROUP_ROWS)
-        resident = Stream(rings.resident, [*halves(q, smem.q), *halves(do, smem.do), *per_query])
-        stream = Stream(rings.stream, [keys, values, per_key])
+        warpgroup = lax.axis_index("warpgroup")
+        resident = Resident(
+            barriers.resident,
+            lambda slot: (
+                Copy(q, smem.q.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(do, smem.do.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(lse, smem.lse.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(documents, smem.query_documents.at[slot, warpgroup], WARPGROUP_ROWS),
+            ),
+            warpgroup * WARPGROUP_ROWS,
+        )
+
+        def copy_keys(first_row: Array, head: Array, stage: Array, ready: Ref) -> None:
+            for copy in (
+                Copy(k, smem.kv.at[stage, 0], WARPGROUP_ROWS),
+                Copy(v, smem.kv.at[stage, 1], WARPGROUP_ROWS),
+                Copy(documents, smem.key_documents.at[stage], WARPGROUP_ROWS),
+            ):
+                copy.start(first_row, head, ready)
+
         # O is needed once a tile, for delta: it passes through the stream, where it
         # just fills one step, instead of taking resident memory of its own.
-        prologue = [*halves(o, smem.kv), per_key]
+        def copy_o(first_row: Array, head: Array, stage: Array, ready: Ref) -> None:
+            for half in range(WARPGROUPS):
+                copy = Copy(o, smem.kv.at[stage, half], WARPGROUP_ROWS, half * WARPGROUP_ROWS)
+                copy.start(first_row, head, ready)
+            Copy(documents, smem.key_documents.at[stage], WARPGROUP_ROWS).start(first_row, head, ready)
 
-        def consume() -> None:
-            one_tile = functools.partial(_dq_tile, schedule, origin, out, smem, rings, accumulators, scale)
-            count, _ = for_each_tile(schedule, assignment, heads, one_tile)
-            release_last(rings.resident, count)
-
-        producer = functools.partial(produce, schedule, assignment, heads, resident, [stream], WARPGROUP_ROWS, prologue)
-        split_roles(producer, consume, config)
+        stream = Stream(Ring(*barriers.ring), copy_keys, copy_o)
+        one_tile = functools.partial(_dq_tile, schedule, origin, out, smem, resident, stream, accumulators, scale)
+        _run(schedule, assignment, heads, resident, stream, one_tile)
 
     number = jax.ShapeDtypeStruct((heads, length), jnp.float32)
     results: tuple[Array, ...] = launch(
@@ -165,16 +203,19 @@ def backward_dq(
         (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), number, *[number] * bool(origin)),
         dict(
             smem=DqBuffers(
-                q=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
-                do=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
-                lse=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.float32),
-                delta=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
-                query_documents=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.int32),
-                kv=tile(config.stages, 2, WARPGROUP_ROWS, width),
-                key_documents=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.int32),
-                dots=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32) if origin else None,
+                q=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                do=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                lse=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                delta=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                query_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
+                dots=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32) if origin else None,
+                kv=tile(STAGES, 2, WARPGROUP_ROWS, width),
+                key_documents=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.int32),
             ),
-            barriers=[ring_barriers(2 * COMPUTE_WARPGROUPS + 2, config.slots), ring_barriers(3, config.stages)],
+            barriers=Barriers(
+                resident=plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS * SLOTS),
+                ring=ring_barriers(3, STAGES),
+            ),
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width)),
         ),
         programs=assignment.shape[0],
@@ -182,11 +223,11 @@ def backward_dq(
     return results
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config"))  # lowered once, not once a layer
+@functools.partial(jax.jit, static_argnames="scale")  # lowered once, not once a layer
 def backward_dkv(
     q_THK: Array, k_THK: Array, v_THK: Array, do_THK: Array, lse_HT: Array, delta_HT: Array, documents_T: Array,
     schedule: Array, origin: Origin | None = None, rstd_T: Array | None = None,
-    *, scale: float, config: KernelConfig = CONFIG,
+    *, scale: float,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Return the gradients of k and v, each (T, H, K) bf16. `schedule` is `Schedule.by_key`.
 
@@ -203,29 +244,34 @@ def backward_dkv(
     def body(
         q: Ref, k: Ref, v: Ref, do: Ref, lse: Ref, delta: Ref, documents: Ref, schedule: Ref, assignment: Ref,
         origin: Ref, rstd: Ref, *out: Ref,
-        smem: DkvBuffers, barriers: list[list[Ref]], accumulators: list[Ref],
+        smem: DkvBuffers, barriers: Barriers, accumulators: list[Ref],
     ) -> None:  # fmt: skip
-        rings = Rings(*(Ring(*ring) for ring in barriers))
-        per_key = Copy(documents, lambda slot: smem.key_documents.at[slot], BLOCK_SIZE)
-        resident = Stream(rings.resident, [*halves(k, smem.k), *halves(v, smem.v), per_key])
-        stream = Stream(
-            rings.stream,
-            [
-                Copy(q, lambda stage: smem.qdo.at[stage, 0], WARPGROUP_ROWS),
-                Copy(do, lambda stage: smem.qdo.at[stage, 1], WARPGROUP_ROWS),
-                Copy(lse, lambda stage: smem.lse.at[stage], WARPGROUP_ROWS),
-                Copy(delta, lambda stage: smem.delta.at[stage], WARPGROUP_ROWS),
-                Copy(documents, lambda stage: smem.query_documents.at[stage], WARPGROUP_ROWS),
-            ],
+        warpgroup = lax.axis_index("warpgroup")
+        resident = Resident(
+            barriers.resident,
+            lambda slot: (
+                Copy(k, smem.k.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(v, smem.v.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(documents, smem.key_documents.at[slot, warpgroup], WARPGROUP_ROWS),
+            ),
+            warpgroup * WARPGROUP_ROWS,
         )
 
-        def consume() -> None:
-            one_tile = functools.partial(_dkv_tile, schedule, origin, rstd, out, smem, rings, accumulators, scale)
-            count, _ = for_each_tile(schedule, assignment, heads, one_tile)
-            release_last(rings.resident, count)
+        def copy_queries(first_row: Array, head: Array, stage: Array, ready: Ref) -> None:
+            for copy in (
+                Copy(q, smem.qdo.at[stage, 0], WARPGROUP_ROWS),
+                Copy(do, smem.qdo.at[stage, 1], WARPGROUP_ROWS),
+                Copy(lse, smem.lse.at[stage], WARPGROUP_ROWS),
+                Copy(delta, smem.delta.at[stage], WARPGROUP_ROWS),
+                Copy(documents, smem.query_documents.at[stage], WARPGROUP_ROWS),
+            ):
+                copy.start(first_row, head, ready)
 
-        producer = functools.partial(produce, schedule, assignment, heads, resident, [stream], WARPGROUP_ROWS)
-        split_roles(producer, consume, config)
+        stream = Stream(Ring(*barriers.ring), copy_queries)
+        one_tile = functools.partial(
+            _dkv_tile, schedule, origin, rstd, out, smem, resident, stream, accumulators, scale
+        )
+        _run(schedule, assignment, heads, resident, stream, one_tile)
 
     gradient, number = (
         jax.ShapeDtypeStruct(shape, dtype)
@@ -237,16 +283,19 @@ def backward_dkv(
         (gradient, gradient, *[number, number] * bool(origin)),
         dict(
             smem=DkvBuffers(
-                k=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
-                v=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
-                key_documents=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.int32),
-                qdo=tile(config.stages, 2, WARPGROUP_ROWS, width),
-                lse=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.float32),
-                delta=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.float32),
-                query_documents=plgpu.SMEM((config.stages, WARPGROUP_ROWS), jnp.int32),
-                sums=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, 2, WARPGROUP_ROWS), jnp.float32) if origin else None,
+                k=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                v=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                key_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
+                sums=plgpu.SMEM((SLOTS, WARPGROUPS, 2, WARPGROUP_ROWS), jnp.float32) if origin else None,
+                qdo=tile(STAGES, 2, WARPGROUP_ROWS, width),
+                lse=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.float32),
+                delta=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.float32),
+                query_documents=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.int32),
             ),
-            barriers=[ring_barriers(2 * COMPUTE_WARPGROUPS + 1, config.slots), ring_barriers(5, config.stages)],
+            barriers=Barriers(
+                resident=plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS * SLOTS),
+                ring=ring_barriers(5, STAGES),
+            ),
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width), (WARPGROUP_ROWS, width)),
         ),
         programs=assignment.shape[0],
@@ -254,75 +303,98 @@ def backward_dkv(
     return results
 
 
+def _run(
+    schedule: Ref, assignment: Ref, heads: int, resident: Resident, stream: Stream, one_tile: Callable[[Tile], None]
+) -> None:
+    """Do all tiles of a program."""
+
+    def start(header: Header) -> None:
+        resident.fill(jnp.int32(0), header)
+        pl.when(is_filler())(lambda: stream.fill_first(jnp.int32(0), header))
+
+    count, entries = for_each_tile(schedule, assignment, heads, start, one_tile)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    stream.ring.drain(entries * PARTS + count * stream.extra)
+
+
 def _dq_tile(
-    schedule: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, rings: Rings,
+    schedule: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, resident: Resident, stream: Stream,
     accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
     warpgroup = lax.axis_index("warpgroup")
     c = scale * math.log2(math.e)
-    slot, own = rings.resident.slot(at.number), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    first_query = at.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
+    slot, head = resident.slot(at.number), at.header.head
+    first_query = at.header.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
     queries = pl.ds(first_query, WARPGROUP_ROWS)
-    q_tile, do_tile = smem.q.at[slot, warpgroup], smem.do.at[slot, warpgroup]
-    first_step = at.entries_before * PARTS + at.number  # each tile before had one step for O
-    rings.resident.wait(slot)
-    lse = plgpu.load(smem.lse.at[slot, own], layout=ROW)
+    q_tile = smem.q.at[slot, warpgroup]
+    resident.wait(slot)
+    lse = plgpu.load(smem.lse.at[slot, warpgroup], layout=ROW)
 
-    stage = rings.stream.slot(first_step)
-    rings.stream.wait(stage)
-    delta = (_tile_values(smem.kv.at[stage, warpgroup]) * _tile_values(do_tile)).sum(axis=1)
+    step = at.entries_before * PARTS + at.number  # each tile before had one for O
+    pl.when(is_filler())(lambda: stream.fill_half(step + 1, at.header.first_entry, 0, head))
+    stage = stream.ring.slot(step)
+    stream.ring.wait(stage)
+    delta = _row_dots(smem.kv.at[stage, warpgroup], smem.do.at[slot, warpgroup])
     smem.delta[slot, warpgroup] = delta
-    rings.stream.release(stage)
+    stream.ring.release(stage)
 
     def over_the_row(dq_acc: Ref) -> None:
         def quarter(stage: Array, first_key: Array, *, masked: bool) -> None:
             k_tile, v_tile = smem.kv.at[stage, 0], smem.kv.at[stage, 1]
             s_start, dp_start = rows(-lse / c, QUARTER), rows(-delta, QUARTER)
+            here = _opaque(slot, stage)
 
             def visible() -> Array:
                 same, query, key = _compare(
-                    smem.query_documents.at[slot, own], smem.key_documents.at[stage], first_query, first_key
+                    smem.query_documents.at[slot, warpgroup], smem.key_documents.at[stage], first_query, first_key
                 )
                 return same & (key <= query)
 
             ds = _score_gradient(
-                (q_tile, do_tile), (k_tile, v_tile), lambda: (s_start, dp_start), c, visible if masked else None
+                (smem.q.at[here, warpgroup], smem.do.at[here, warpgroup]),
+                (k_tile, v_tile),
+                lambda: (s_start, dp_start),
+                c,
+                visible if masked else None,
             )
             multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile)
             plgpu.wgmma_wait(0)
 
-        _for_each_quarter(schedule, at, rings, first_step + 1, lambda half: 2 * warpgroup + half, quarter)
+        _for_each_quarter(
+            schedule, at, resident, stream, step + 1, lambda half: 2 * warpgroup + half, quarter
+        )
         gradient = dq_acc[...] * scale
         if origin is not None:
-            of_rows = _load_origin(origin, at.head, queries)
+            of_rows = _load_origin(origin, head, queries)
             gradient, smem.dots[slot, warpgroup] = _undo(gradient, q_tile, *of_rows)
         q_tile[...] = gradient.astype(jnp.bfloat16)
 
     with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, out[0].at[queries, at.head])
-    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], out[1].at[at.head, queries])
+    plgpu.copy_smem_to_gmem(q_tile, out[0].at[queries, head])
+    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], out[1].at[head, queries])
     if origin is not None:
-        plgpu.copy_smem_to_gmem(smem.dots.at[slot, warpgroup], out[2].at[at.head, queries])
+        plgpu.copy_smem_to_gmem(smem.dots.at[slot, warpgroup], out[2].at[head, queries])
 
 
 def _dkv_tile(
-    schedule: Ref, origin: Ref, rstd: Ref, out: Sequence[Ref], smem: DkvBuffers, rings: Rings,
+    schedule: Ref, origin: Ref, rstd: Ref, out: Sequence[Ref], smem: DkvBuffers, resident: Resident, stream: Stream,
     accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
     warpgroup = lax.axis_index("warpgroup")
     c = scale * math.log2(math.e)
-    slot, own = rings.resident.slot(at.number), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    first_key = at.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
+    slot, head = resident.slot(at.number), at.header.head
+    first_key = at.header.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
     keys = pl.ds(first_key, WARPGROUP_ROWS)
     k_tile, v_tile = smem.k.at[slot, warpgroup], smem.v.at[slot, warpgroup]
-    rings.resident.wait(slot)
+    resident.wait(slot)
 
     def over_the_column(dk_acc: Ref, dv_acc: Ref) -> None:
         def quarter(stage: Array, first_query: Array, *, masked: bool) -> None:
             q_tile, do_tile = smem.qdo.at[stage, 0], smem.qdo.at[stage, 1]
+            here = _opaque(slot, stage)
 
             def starts() -> tuple[Array, Array]:
                 s_start = columns(plgpu.load(smem.lse.at[stage], layout=COLUMN) * (-1 / c), QUARTER)
@@ -330,24 +402,32 @@ def _dkv_tile(
 
             def visible() -> Array:
                 same, key, query = _compare(
-                    smem.key_documents.at[slot, own], smem.query_documents.at[stage], first_key, first_query
+                    smem.key_documents.at[slot, warpgroup], smem.query_documents.at[stage], first_key, first_query
                 )
                 return same & (key <= query)
 
             def add_to_dv(p: Array) -> None:
                 multiply_add(dv_acc, p.astype(jnp.bfloat16), do_tile)
 
-            ds = _score_gradient((k_tile, v_tile), (q_tile, do_tile), starts, c, visible if masked else None, add_to_dv)
+            ds = _score_gradient(
+                (smem.k.at[here, warpgroup], smem.v.at[here, warpgroup]),
+                (q_tile, do_tile),
+                starts,
+                c,
+                visible if masked else None,
+                add_to_dv,
+            )
             multiply_add(dk_acc, ds.astype(jnp.bfloat16), q_tile)
             plgpu.wgmma_wait(0)
 
-        first_step = at.entries_before * PARTS
-        _for_each_quarter(schedule, at, rings, first_step, lambda half: 2 * half + warpgroup, quarter)
+        _for_each_quarter(
+            schedule, at, resident, stream, at.entries_before * PARTS, lambda half: 2 * half + warpgroup, quarter
+        )
         if origin is None:
             k_tile[...] = (dk_acc[...] * scale).astype(jnp.bfloat16)
             v_tile[...] = dv_acc[...].astype(jnp.bfloat16)
             return
-        of_rows = _load_origin(origin, at.head, keys)
+        of_rows = _load_origin(origin, head, keys)
         v_factor = plgpu.load(rstd.at[keys], layout=ROW, optimized=False)
         # v first, while what k needs is on its way.
         d_v = plgpu.layout_cast(dv_acc[...], plgpu.Layout.WGMMA)
@@ -358,11 +438,25 @@ def _dkv_tile(
 
     with_accumulators(over_the_column, k_tile.shape, v_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(k_tile, out[0].at[keys, at.head])
-    plgpu.copy_smem_to_gmem(v_tile, out[1].at[keys, at.head])
+    plgpu.copy_smem_to_gmem(k_tile, out[0].at[keys, head])
+    plgpu.copy_smem_to_gmem(v_tile, out[1].at[keys, head])
     if origin is not None:
         for i, sums in enumerate(out[2:]):
-            plgpu.copy_smem_to_gmem(smem.sums.at[slot, warpgroup, i], sums.at[at.head, keys])
+            plgpu.copy_smem_to_gmem(smem.sums.at[slot, warpgroup, i], sums.at[head, keys])
+
+
+def _opaque(slot: Array, stage: Array) -> Array:
+    """Return `slot`, as something that the compiler takes for new in each step.
+
+    Else it makes the descriptors of a whole resident tile before the loop, and they spill from registers.
+    """
+    return slot + lax.min(stage, jnp.int32(0))
+
+
+def _row_dots(a: Ref, b: Ref) -> Array:
+    """Return the rows' inner products of two tiles, a part of 64 columns at a time: whole ones would fill all registers."""
+    parts = (pl.ds(first, WARPGROUP_ROWS) for first in range(0, a.shape[-1], WARPGROUP_ROWS))
+    return sum((_tile_values(a.at[:, part]) * _tile_values(b.at[:, part])).sum(axis=1) for part in parts)
 
 
 def _score_gradient(
@@ -434,24 +528,39 @@ def _undo(g: Array, n_tile: Ref, cos: Array, sin: Array, factor: Array) -> tuple
 
 
 def _for_each_quarter(
-    schedule: Ref, at: Tile, rings: Rings, first_step: Array, seen_bit: Callable[[Array], Array],
-    quarter: Callable[..., None],
+    schedule: Ref, at: Tile, resident: Resident, stream: Stream, first_step: Array,
+    seen_bit: Callable[[Array], Array], quarter: Callable[..., None],
 ) -> None:  # fmt: skip
     """Run quarter(stage, first row, masked=...) on each streamed half block in which this warpgroup's rows see any."""
+    count = at.header.entries * PARTS
 
-    def one_half(i: Array, entry: Array) -> Array:
-        following = schedule[at.rank, HEADER + lax.div(i + 1, PARTS)]
+    def one_half(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        entry, next_entry = carry
+        later = schedule[at.header.rank, HEADER + lax.div(i + 2, PARTS)]
         half = lax.rem(i, PARTS)
-        stage = rings.stream.slot(first_step + i)
+        step = first_step + i
+
+        @pl.when(is_filler())
+        def _fill() -> None:
+            here = i + 1 < count
+            if stream.prologue is None:
+                entry = jnp.where(here, next_entry, at.following.first_entry)
+                head = jnp.where(here, at.header.head, at.following.head)
+                pl.when(here | at.more)(lambda: stream.fill_half(step + 1, entry, jnp.where(here, 1 - half, 0), head))
+            else:
+                pl.when(here)(lambda: stream.fill_half(step + 1, next_entry, 1 - half, at.header.head))
+                pl.when(~here & at.more)(lambda: stream.fill_first(step + 1, at.following))
+
+        stage = stream.ring.slot(step)
         first_row = (entry >> ENTRY_BITS) * BLOCK_SIZE + half * WARPGROUP_ROWS
         masked = entry & (1 << DOCUMENTS_BIT | 1 << POSITIONS_BIT) != 0
         seen = (entry >> seen_bit(half)) & 1 == 1
-        rings.stream.wait(stage)
+        stream.ring.wait(stage)
         pl.when(~masked)(functools.partial(quarter, stage, first_row, masked=False))
         pl.when(masked & seen)(functools.partial(quarter, stage, first_row, masked=True))
-        rings.stream.release(stage)
-        pl.when(i == 0)(lambda: release_last(rings.resident, at.number))
-        return following
+        stream.ring.release(stage)
+        pl.when(i == 0)(lambda: resident.fill_next(at))
+        return next_entry, later
 
-    lax.fori_loop(0, at.entries * PARTS, one_half, at.first_entry)
-    pl.when(at.entries == 0)(lambda: release_last(rings.resident, at.number))
+    first = at.header.first_entry
+    lax.fori_loop(0, count, one_half, (first, first))

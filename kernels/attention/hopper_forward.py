@@ -1,9 +1,9 @@
 """Forward block-sparse attention on Hopper: one pass over the listed key blocks with a running softmax.
 
-A program owns 128 queries of one head at a time, split over two compute
-warpgroups, and a third warpgroup that only issues copies:
+A program owns 128 queries of one head at a time, split over two warpgroups, and
+streams tiles of keys and values past them (hopper_tiles.py):
 
-    producer          K0 V0  K1 V1  K2 V2 ...      (a ring of `stages` K/V tiles)
+                      K0 V0  K1 V1  K2 V2 ...      (a ring of two K/V tiles, which warpgroup 0 fills)
                        |      |      |
     warpgroup 0       q   0- 63  x  128 keys  ->  softmax  ->  x V, into o
     warpgroup 1       q  64-127  x  128 keys  ->  softmax  ->  x V, into o
@@ -27,7 +27,8 @@ Source: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) for the two warpgr
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -36,8 +37,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..block_mask import BLOCK_SIZE
-from ..hopper.config import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, KernelConfig
-from ..hopper.pipeline import Ring, ring_barriers
+from ..hopper.config import WARPGROUP_ROWS, WARPGROUPS
+from ..hopper.pipeline import is_filler
 from ..hopper.primitives import (
     COLUMN,
     ROW,
@@ -48,40 +49,40 @@ from ..hopper.primitives import (
     multiply_add,
     positions,
     rows,
-    split_roles,
     tile,
     with_accumulators,
 )
-from .hopper_producer import Copy, Stream, Tile, for_each_tile, halves, produce, release_last
-from .schedule import DOCUMENTS_BIT, HEADER, POSITIONS_BIT, assign_tiles
+from .hopper_tiles import SLOTS, STAGES, Copy, Header, Resident, Tile, for_each_tile
+from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
 
-CONFIG = KernelConfig(stages=2)
-"""Shared memory at head width 128, of 227 KiB: 2 x 32 (queries) + 2 x 64 (128 keys and values) = 192 KiB."""
 LOWEST = -1e30
 
 
 class Buffers(NamedTuple):
-    """Shared memory; the first axis is the slot (q, query_documents, lse) or the stage."""
+    """Shared memory: the first axis is the slot, and then the warpgroup; or the stage of the stream.
+
+    At head width 128, of 227 KiB: 2 x 32 (queries) + 2 x 64 (128 keys and values) = 192 KiB.
+    """
 
     q: Ref
     query_documents: Ref
+    lse: Ref
     k: Ref
     key_documents: Ref
     v: Ref
-    lse: Ref
-
-
-class Rings(NamedTuple):
-    """The rings of the resident queries, of keys and of values; or the barriers of each."""
-
-    resident: Any
-    k: Any
-    v: Any
 
 
 class Barriers(NamedTuple):
-    rings: Rings
-    schedule: Ref  # where the two compute warpgroups take turns
+    """`resident`, `k` and `v`: on which a slot's or a stage's copies arrive. `schedule`: where the warpgroups take turns.
+
+    Nobody says that a stage is free. Where the filler passes the schedule barrier the other warpgroup has got so far
+    that it has read the last stage of keys, or of values.
+    """
+
+    resident: Ref
+    k: Ref
+    v: Ref
+    schedule: Ref
 
 
 class Sums(NamedTuple):
@@ -91,7 +92,7 @@ class Sums(NamedTuple):
     total: Array
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config"))  # lowered once, not once a layer
+@functools.partial(jax.jit, static_argnames="scale")  # lowered once, not once a layer
 def forward(
     q_THK: Array,
     k_THK: Array,
@@ -100,7 +101,6 @@ def forward(
     schedule: Array,
     *,
     scale: float,
-    config: KernelConfig = CONFIG,
 ) -> tuple[Array, Array]:
     """Return attention's output (T, H, K) bf16 and log2-sum-exp2 of the scaled scores (H, T) float32.
 
@@ -113,21 +113,41 @@ def forward(
         q: Ref, k: Ref, v: Ref, documents: Ref, schedule: Ref, assignment: Ref, o: Ref, lse: Ref,
         *, smem: Buffers, barriers: Barriers, accumulators: list[Ref],
     ) -> None:  # fmt: skip
-        documents_of_queries = Copy(documents, lambda slot: smem.query_documents.at[slot], BLOCK_SIZE)
-        documents_of_keys = Copy(documents, lambda stage: smem.key_documents.at[stage], BLOCK_SIZE)
-        rings = Rings(*(Ring(*ring) for ring in barriers.rings))
-        keys = Stream(rings.k, [Copy(k, lambda stage: smem.k.at[stage], BLOCK_SIZE), documents_of_keys])
-        values = Stream(rings.v, [Copy(v, lambda stage: smem.v.at[stage], BLOCK_SIZE)])
-        queries = Stream(rings.resident, [*halves(q, smem.q), documents_of_queries])
+        warpgroup = lax.axis_index("warpgroup")
+        resident = Resident(
+            barriers.resident,
+            lambda slot: (
+                Copy(q, smem.q.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(documents, smem.query_documents.at[slot, warpgroup], WARPGROUP_ROWS),
+            ),
+            warpgroup * WARPGROUP_ROWS,
+        )
 
-        def consume() -> None:
-            c = scale * math.log2(math.e)
-            attend = functools.partial(_attend, schedule, o, lse, smem, rings, barriers.schedule, accumulators, c)
-            count, _ = for_each_tile(schedule, assignment, heads, attend)
-            release_last(rings.resident, count)
+        def copy_keys(stage: Array, block: Array, head: Array) -> None:
+            for copy in (
+                Copy(k, smem.k.at[stage], BLOCK_SIZE),
+                Copy(documents, smem.key_documents.at[stage], BLOCK_SIZE),
+            ):
+                copy.start(block * BLOCK_SIZE, head, barriers.k.at[stage])
 
-        producer = functools.partial(produce, schedule, assignment, heads, queries, [keys, values], BLOCK_SIZE)
-        split_roles(producer, consume, config)
+        def copy_values(stage: Array, block: Array, head: Array) -> None:
+            Copy(v, smem.v.at[stage], BLOCK_SIZE).start(block * BLOCK_SIZE, head, barriers.v.at[stage])
+
+        def start(header: Header) -> None:
+            resident.fill(jnp.int32(0), header)
+
+            @pl.when(is_filler())
+            def _first() -> None:
+                block = header.first_entry >> ENTRY_BITS
+                copy_keys(jnp.int32(0), block, header.head)
+                copy_values(jnp.int32(0), block, header.head)
+
+        c = scale * math.log2(math.e)
+        attend = functools.partial(
+            _attend, schedule, o, lse, smem, barriers, resident, (copy_keys, copy_values), accumulators, c
+        )
+        for_each_tile(schedule, assignment, heads, start, attend)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return launch(
         body,
@@ -135,20 +155,18 @@ def forward(
         (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), jax.ShapeDtypeStruct((heads, length), jnp.float32)),
         dict(
             smem=Buffers(
-                q=tile(config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS, width),
-                query_documents=plgpu.SMEM((config.slots, BLOCK_SIZE), jnp.int32),
-                k=tile(config.stages, BLOCK_SIZE, width),
-                key_documents=plgpu.SMEM((config.stages, BLOCK_SIZE), jnp.int32),
-                v=tile(config.stages, BLOCK_SIZE, width),
-                lse=plgpu.SMEM((config.slots, COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                q=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                query_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
+                lse=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                k=tile(STAGES, BLOCK_SIZE, width),
+                key_documents=plgpu.SMEM((STAGES, BLOCK_SIZE), jnp.int32),
+                v=tile(STAGES, BLOCK_SIZE, width),
             ),
             barriers=Barriers(
-                rings=Rings(
-                    resident=ring_barriers(COMPUTE_WARPGROUPS + 1, config.slots),
-                    k=ring_barriers(2, config.stages),
-                    v=ring_barriers(1, config.stages),
-                ),
-                schedule=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+                resident=plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * SLOTS),
+                k=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+                v=plgpu.Barrier(num_barriers=STAGES),
+                schedule=plgpu.Barrier(num_arrivals=WARPGROUPS),
             ),
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width)),
         ),
@@ -157,44 +175,54 @@ def forward(
 
 
 def _attend(
-    schedule: Ref, o: Ref, lse: Ref, smem: Buffers, rings: Rings, schedule_barrier: Ref,
-    accumulators: list[Ref], c: float, at: Tile,
+    schedule: Ref, o: Ref, lse: Ref, smem: Buffers, barriers: Barriers, resident: Resident,
+    copies: tuple[Callable[[Array, Array, Array], None], ...], accumulators: list[Ref], c: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write attention of this warpgroup's 64 queries of a tile."""
     warpgroup = lax.axis_index("warpgroup")
-    slot = rings.resident.slot(at.number)
+    copy_keys, copy_values = copies
+    slot = resident.slot(at.number)
     q_tile = smem.q.at[slot, warpgroup]
 
     def over_the_row(o_acc: Ref) -> None:
-        def step(i: Array, carry: tuple[Sums, Array]) -> tuple[Sums, Array]:
-            sums, entry = carry
-            following = schedule[at.rank, HEADER + i + 1]
-            stage = rings.k.slot(at.entries_before + i)
-            rings.k.wait(stage)
-            s = _scores(q_tile, smem.k.at[stage], schedule_barrier)
+        def step(i: Array, carry: tuple[Sums, Array, Array]) -> tuple[Sums, Array, Array]:
+            sums, entry, next_entry = carry
+            later = schedule[at.header.rank, HEADER + i + 2]
+            stage = lax.rem(at.entries_before + i, STAGES)
+            here = i + 1 < at.header.entries  # the next step is of this tile
+            fills = is_filler() & (here | at.more)
+            block = jnp.where(here, next_entry, at.following.first_entry) >> ENTRY_BITS
+            head = jnp.where(here, at.header.head, at.following.head)
+
+            def fill_keys() -> None:
+                pl.when(fills)(lambda: copy_keys(STAGES - 1 - stage, block, head))
+
+            plgpu.barrier_wait(barriers.k.at[stage])
+            s = _scores(q_tile, smem.k.at[stage], barriers.schedule, fill_keys)
             s = lax.cond(
-                entry & (1 << DOCUMENTS_BIT) != 0, lambda: _hide_other_documents(s, smem, slot, stage), lambda: s
+                entry & (1 << DOCUMENTS_BIT) != 0,
+                lambda: _hide_other_documents(s, smem, slot, stage, entry),
+                lambda: s,
             )
-            rings.k.release(stage)
             s = lax.cond(entry & (1 << POSITIONS_BIT) != 0, lambda: _hide_later_keys(s), lambda: s)
             sums, p = _softmax(s, sums, o_acc, c)
             # The softmax must be over before the other warpgroup is let on.
             sums, p = lax.optimization_barrier((sums, p))
-            plgpu.barrier_arrive(schedule_barrier)
-            rings.v.wait(stage)
-            plgpu.barrier_wait(schedule_barrier)
+            plgpu.barrier_arrive(barriers.schedule)
+            plgpu.barrier_wait(barriers.v.at[stage])
+            plgpu.barrier_wait(barriers.schedule)
             multiply_add(o_acc, p, smem.v.at[stage])
+            pl.when(fills)(lambda: copy_values(STAGES - 1 - stage, block, head))
             plgpu.wgmma_wait(0)
-            rings.v.release(stage)
-            pl.when(i == 0)(lambda: release_last(rings.resident, at.number))
-            return sums, following
+            pl.when(i == 0)(lambda: resident.fill_next(at))
+            return sums, next_entry, later
 
         lowest = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW)
         zero = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-        pl.when(warpgroup == 1)(lambda: _meet(schedule_barrier))
-        sums, _ = lax.fori_loop(0, at.entries, step, (Sums(lowest, zero), at.first_entry))
-        pl.when(warpgroup == 0)(lambda: _meet(schedule_barrier))
-        pl.when(at.entries == 0)(lambda: release_last(rings.resident, at.number))
+        pl.when(warpgroup == 1)(lambda: _meet(barriers.schedule))
+        entries = at.header.first_entry, at.header.second_entry
+        sums, *_ = lax.fori_loop(0, at.header.entries, step, (Sums(lowest, zero), *entries))
+        pl.when(warpgroup == 0)(lambda: _meet(barriers.schedule))
 
         sees = sums.total > 0
         total = jnp.where(sees, sums.total, 1.0)
@@ -202,28 +230,31 @@ def _attend(
         q_tile[...] = (o_value * rows(1 / total, o_value.shape)).astype(jnp.bfloat16)
         smem.lse[slot, warpgroup] = jnp.where(sees, sums.maximum + jnp.log(total) * math.log2(math.e), 0.0)
 
-    rings.resident.wait(slot)
+    resident.wait(slot)
     with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
-    own = pl.ds(at.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    plgpu.copy_smem_to_gmem(q_tile, o.at[own, at.head])
-    plgpu.copy_smem_to_gmem(smem.lse.at[slot, warpgroup], lse.at[at.head, own])
+    own = pl.ds(at.header.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    plgpu.copy_smem_to_gmem(q_tile, o.at[own, at.header.head])
+    plgpu.copy_smem_to_gmem(smem.lse.at[slot, warpgroup], lse.at[at.header.head, own])
 
 
-def _scores(q_tile: Ref, k_tile: Ref, schedule_barrier: Ref) -> Array:
+def _scores(q_tile: Ref, k_tile: Ref, schedule_barrier: Ref, meanwhile: Callable[[], None]) -> Array:
     def multiply(s_acc: Ref) -> Array:
         plgpu.wgmma(s_acc, q_tile, k_tile.transpose((1, 0)))
         _meet(schedule_barrier)
+        meanwhile()
         return s_acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, BLOCK_SIZE), jnp.float32))
 
 
-def _hide_other_documents(s: Array, smem: Buffers, slot: Array, stage: Array) -> Array:
-    own = pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    documents_q = plgpu.load(smem.query_documents.at[slot, own], layout=ROW)
+def _hide_other_documents(s: Array, smem: Buffers, slot: Array, stage: Array, entry: Array) -> Array:
+    warpgroup = lax.axis_index("warpgroup")
+    documents_q = plgpu.load(smem.query_documents.at[slot, warpgroup], layout=ROW)
     documents_k = plgpu.load(smem.key_documents.at[stage], layout=COLUMN)
-    return jnp.where(rows(documents_q, s.shape) == columns(documents_k, s.shape), s, -jnp.inf)
+    same = rows(documents_q, s.shape) == columns(documents_k, s.shape)
+    sees_any = (entry >> (2 * warpgroup)) & 0b11 != 0  # not so in a row that visits nothing
+    return jnp.where(same & sees_any, s, -jnp.inf)
 
 
 def _hide_later_keys(s: Array) -> Array:

@@ -13,7 +13,8 @@ An entry packs the other side's block with what can be skipped inside it:
       queries 64-127  | 1 1 |     64 x 64 corner lies above the diagonal.
 
 A cleared `seen` bit promises that no query of that half sees a key of that
-half. `documents` and `positions` say what a partial block must compare: a block
+half. A row that visits nothing has one entry without any: a tile always has a
+step. `documents` and `positions` say what a partial block must compare: a block
 off the diagonal need not look at positions, nor one in one document at documents.
 """
 
@@ -25,11 +26,11 @@ import numpy as np
 from jax import Array
 
 from ..block_mask import BLOCK_SIZE, BlockMask
-from ..hopper.config import COMPUTE_WARPGROUPS, MULTIPROCESSORS, WARPGROUP_ROWS
+from ..hopper.config import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUPS
 from ..implementation import interpreting
 
 # The block of the mask is the tile that a program owns: one half for each of its warpgroups.
-assert COMPUTE_WARPGROUPS * WARPGROUP_ROWS == BLOCK_SIZE
+assert WARPGROUPS * WARPGROUP_ROWS == BLOCK_SIZE
 
 STEADY = 0.75
 """Share of the tiles that go in rounds to one program per multiprocessor. 0.5 was 3-9 % slower forward; handing each a
@@ -43,7 +44,7 @@ HEADER = 2  # row and count come first
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Both directions: `by_query` and `by_key`, each (B, HEADER + B + 1) int32; B blocks."""
+    """Both directions: `by_query` and `by_key`, each (B, HEADER + B + 2) int32; B blocks."""
 
     by_query: Array
     by_key: Array
@@ -81,13 +82,16 @@ def _document_range(documents_T: Array, size: int) -> tuple[Array, Array]:
 def _pack(visited_RC: Array, flags_RC: Array) -> Array:
     rows = visited_RC.shape[0]
     entry_RC = (jnp.arange(rows) << ENTRY_BITS) | flags_RC
-    counts_R = visited_RC.sum(axis=1, dtype=jnp.int32)
+    counts_R = jnp.maximum(visited_RC.sum(axis=1, dtype=jnp.int32), 1)
     entries_RC = jnp.sort(jnp.where(visited_RC, entry_RC, jnp.iinfo(jnp.int32).max), axis=1)
     row_R = jnp.arange(rows, dtype=jnp.int32)
+    nothing_R = (row_R << ENTRY_BITS) | (1 << DOCUMENTS_BIT)
+    entries_RC = jnp.where(visited_RC.any(axis=1, keepdims=True), entries_RC, nothing_R[:, None])
     # In sequence, so that programs at work read the same keys; but the tiles handed out last go longest first.
     order_R = jnp.argsort(jnp.where(row_R < STEADY * rows, row_R, 2 * rows - counts_R))
-    # One column of padding lets the kernels read one entry ahead.
-    table = jnp.concatenate([row_R[:, None], counts_R[:, None], entries_RC, row_R[:, None]], axis=1)
+    # Two columns of padding let the kernels read two entries ahead.
+    padding_R2 = jnp.zeros((rows, 2), jnp.int32)
+    table = jnp.concatenate([row_R[:, None], counts_R[:, None], entries_RC, padding_R2], axis=1)
     return table[order_R].astype(jnp.int32)
 
 

@@ -1,9 +1,8 @@
 """The head's FP8 matmul on Hopper, with the sum of the softmax taken while a tile is in registers.
 
 A program owns 128 tokens, whose x stays in shared memory, and walks along the vocab, 128 ids at a time. Two compute
-warpgroups of 64 tokens, and a third one that only issues copies:
+warpgroups of 64 tokens, of which the first also fills the ring of steps, 128 ids x 128 channels (pipeline.py):
 
-    producer         W00 W01 .. W05  W10 W11 .. W15  W20 ...     (a ring of steps: 128 ids x 128 channels)
     warpgroup 0      | x W0^T |  x W1^T   |  x W2^T   | ..        tokens  0- 63
                               |  z0, exp  |  z1, exp  | ..
     warpgroup 1      the same, some time later or earlier         tokens 64-127
@@ -16,9 +15,9 @@ Measured for 65,536 x 50,304 logits of 768 channels on an H100: 4.99 ms. When cl
 5.02 and 9.22 ms; with tiles of 192 ids in clusters of two, 5.50. One tile in registers, with one warpgroup held back
 so that it multiplies while the other writes, took 4.94 ms in clusters of two: 1 % for two more kinds of barrier.
 
-Barriers: those of the ring (hopper/pipeline.py), and one on which both warpgroups wait once, for x. Nobody waits in a
-circle: the warpgroups wait for the producer alone, and free a slot when the tile's next step has been issued, or the
-tile is done. That takes two slots, or one where a tile is one step; the ring is never shorter.
+Barriers: those of the ring (hopper/pipeline.py), and one on which both warpgroups wait once, for x. A step is let go when
+the tile's next one has been issued, or the tile is done. That takes two slots, or one where a tile is one step; the ring
+is never shorter.
 """
 
 import functools
@@ -31,12 +30,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..hopper.config import COMPUTE_WARPGROUPS, MULTIPROCESSORS, WARPGROUP_ROWS, KernelConfig
-from ..hopper.pipeline import Ring, ring_barriers
-from ..hopper.primitives import ROW, Ref, launch, split_roles, tile
+from ..hopper.config import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUPS
+from ..hopper.pipeline import Ring, Steps, is_filler, ring_barriers
+from ..hopper.primitives import ROW, Ref, launch, tile
 from .numerics import HALF_CAP_LOG2, squash
 
-TOKENS = COMPUTE_WARPGROUPS * WARPGROUP_ROWS
+TOKENS = WARPGROUPS * WARPGROUP_ROWS
 VOCAB_TILE = 128
 CHANNELS = 128  # of a step: one row of swizzled shared memory
 STAGES = 6  # steps of W in shared memory
@@ -76,19 +75,19 @@ def logits_and_totals(x_TD: Array, w_VD: Array, *, unscale: float, splits: int |
         token_tile, split = lax.div(program, splits), lax.rem(program, splits)
         first_tile, tiles = run_of_tiles(split, splits, vocab_tiles)
         run = Run(first_tile, tiles, steps, token_tile)
-        ring = Ring(*barriers.ring, first=lax.rem(program, stages))
-
-        def consume() -> None:
-            warpgroup = lax.axis_index("warpgroup")
-            tokens = pl.ds(token_tile * TOKENS + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            plgpu.barrier_wait(barriers.x_ready)
-            smem.total[warpgroup] = Consumer(run, smem, ring, z, unscale, warpgroup, tokens, rows).all_tiles()
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.total.at[warpgroup], totals.at[split, tokens])
-            plgpu.wait_smem_to_gmem(0)
-
-        split_roles(lambda: _produce(run, x, w, smem, barriers.x_ready, ring), consume, KernelConfig(stages=stages))
+        warpgroup = lax.axis_index("warpgroup")
+        ring = Ring(*barriers.ring, lax.rem(program, stages))
+        run_steps = Steps(ring, tiles * steps, functools.partial(_copy_step, run, w, smem))
+        tokens = pl.ds(token_tile * TOKENS + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        pl.when(is_filler())(functools.partial(_copy_x, run, x, smem, barriers.x_ready))
+        run_steps.start()
+        plgpu.barrier_wait(barriers.x_ready)
+        smem.total[warpgroup] = Consumer(run, smem, run_steps, z, unscale, warpgroup, tokens, rows).all_tiles()
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.total.at[warpgroup], totals.at[split, tokens])
+        plgpu.wait_smem_to_gmem(0)
+        ring.drain(run_steps.total)
 
     return launch(
         body,
@@ -101,8 +100,8 @@ def logits_and_totals(x_TD: Array, w_VD: Array, *, unscale: float, splits: int |
             smem=Buffers(
                 x=tile(steps, TOKENS, CHANNELS, dtype=jnp.float8_e4m3fn),
                 w=tile(stages, VOCAB_TILE, CHANNELS, dtype=jnp.float8_e4m3fn),
-                z=tile(COMPUTE_WARPGROUPS, PARTS, WARPGROUP_ROWS, PART, dtype=jnp.bfloat16),
-                total=plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+                z=tile(WARPGROUPS, PARTS, WARPGROUP_ROWS, PART, dtype=jnp.bfloat16),
+                total=plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
             ),
             barriers=Barriers(
                 x_ready=plgpu.Barrier(num_arrivals=steps),
@@ -122,25 +121,17 @@ class Run(NamedTuple):
     token_tile: Array
 
 
-def _produce(run: Run, x: Ref, w: Ref, smem: Buffers, x_ready: Ref, ring: Ring) -> None:
-    """Copy x once, and fill the ring with the steps of all tiles."""
+def _copy_x(run: Run, x: Ref, smem: Buffers, ready: Ref) -> None:
     own = pl.ds(run.token_tile * TOKENS, TOKENS)
     for step in range(run.steps):
-        plgpu.copy_gmem_to_smem(x.at[own, pl.ds(step * CHANNELS, CHANNELS)], smem.x.at[step], x_ready)
+        plgpu.copy_gmem_to_smem(x.at[own, pl.ds(step * CHANNELS, CHANNELS)], smem.x.at[step], ready)
 
-    @pl.loop(0, run.tiles)
-    def _tile(i: Array) -> None:
-        ids = pl.ds((run.first_tile + i) * VOCAB_TILE, VOCAB_TILE)
 
-        @pl.loop(0, run.steps)
-        def _step(step: Array) -> None:
-            def copy(slot: Array, ready: Ref) -> None:
-                source = w.at[ids, pl.ds(step * CHANNELS, CHANNELS)]
-                plgpu.copy_gmem_to_smem(source, smem.w.at[slot], ready)
-
-            ring.fill(i * run.steps + step, copy)
-
-    ring.drain()
+def _copy_step(run: Run, w: Ref, smem: Buffers, number: Array, slot: Array, ready: Ref) -> None:
+    """Start the copy of a program's step `number`, counted through all of its tiles."""
+    ids = pl.ds((run.first_tile + lax.div(number, run.steps)) * VOCAB_TILE, VOCAB_TILE)
+    channels = pl.ds(lax.rem(number, run.steps) * CHANNELS, CHANNELS)
+    plgpu.copy_gmem_to_smem(w.at[ids, channels], smem.w.at[slot], ready)
 
 
 class Consumer(NamedTuple):
@@ -148,7 +139,7 @@ class Consumer(NamedTuple):
 
     run: Run
     smem: Buffers
-    ring: Ring
+    steps: Steps
     z: Ref
     unscale: float
     warpgroup: Array
@@ -160,33 +151,33 @@ class Consumer(NamedTuple):
 
         def one_tile(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             slot, total, last = carry
-            slot, value, *sums = self.multiply(slot, functools.partial(self.store, i - 1, last))
+            slot, value, *sums = self.multiply(i, slot, functools.partial(self.store, i - 1, last))
             return slot, sum(sums, start=total), value
 
         zero = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
-        slot, value = self.multiply(self.ring.first)
+        slot, value = self.multiply(jnp.int32(0), self.steps.ring.first)
         _, total, value = lax.fori_loop(1, self.run.tiles, one_tile, (slot, zero, value))
         return sum((self.store(self.run.tiles - 1, value, part) for part in range(PARTS)), start=total)
 
-    def multiply(self, slot: Array, store_last: Callable[[int], Array] | None = None) -> tuple[Array, ...]:
-        """Return the next slot, a tile, and the sums of the last tile's parts, which `store_last` writes meanwhile."""
+    def multiply(self, i: Array, slot: Array, store_last: Callable[[int], Array] | None = None) -> tuple[Array, ...]:
+        """Return the next slot, the i-th tile, and the sums of the last tile's parts, which `store_last` writes meanwhile."""
         steps = self.run.steps
 
         def into(acc: Ref) -> tuple[Array, ...]:
             previous, current, sums = slot, slot, []
             for step in range(steps):
-                self.ring.wait(current)
+                self.steps.ring.wait(current)
                 plgpu.wgmma(acc, self.smem.x.at[step, self.rows], self.smem.w.at[current].transpose((1, 0)))
                 for part in range(PARTS):
                     if store_last and step == steps * (part + 1) // (PARTS + 1):
                         sums.append(store_last(part))
                 if step:
                     plgpu.wgmma_wait(1)
-                    self.ring.release(previous)
-                previous, current = current, self.ring.after(current)
+                    self.steps.release(i * steps + step - 1, previous)
+                previous, current = current, self.steps.ring.after(current)
             # An accumulator's registers are single, but bfloat16 is rounded in pairs.
             value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
-            self.ring.release(previous)
+            self.steps.release(i * steps + steps - 1, previous)
             return current, value, *sums
 
         return pl.run_scoped(into, plgpu.ACC((WARPGROUP_ROWS, VOCAB_TILE), jnp.float32))

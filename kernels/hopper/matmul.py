@@ -4,10 +4,9 @@ x W^T, x (T, D), W (N, D), is what cuBLAS does as well. What it leaves to passes
 written only to be read once more, happens here while a tile of the result is in registers: an `Epilogue` says what.
 
 One program a multiprocessor walks over tiles of 128 x 256, all columns of a few rows before the next rows, so that W
-stays in L2 and x comes from memory once. Three warpgroups:
+stays in L2 and x comes from memory once. Two warpgroups, of which the first also fills the ring of steps (pipeline.py):
 
-    producer       x0 W0  x1 W1  x2 W2 ...      a ring of `stages` steps of 64 channels
-    warpgroup 0    0 1 2 .. 11 | 0 1 2 .. 11 |          rows  0- 63 of a tile
+    warpgroup 0    0 1 2 .. 11 | 0 1 2 .. 11 |          rows  0- 63 of a tile, steps of 64 channels
     warpgroup 1    0 1 2 .. 11 | 0 1 2 .. 11 |          rows 64-127
 
 A warpgroup's accumulator fills half of its registers, so it cannot hold two. But a finished tile as bf16 takes a
@@ -24,9 +23,9 @@ waits in registers as bf16:
 All through the same two buffers per warpgroup. There is room for one array's parts. A second array comes before it, and
 once all of it has come, the warpgroup waits for the matmul so far and adds it to the accumulator, in float32.
 
-Barriers: those of the ring (pipeline.py; two copies fill a slot), and one for each buffer, on which a warpgroup waits
-for what it has fetched itself. Nobody waits in a circle: warpgroups wait for the producer alone, and a slot is freed
-when the next step has been issued, which takes 2 stages.
+Barriers: those of the ring (two copies fill a slot), and one for each buffer, on which a warpgroup waits for what it has
+fetched itself. A step is let go when the next one has been issued, which takes 2 stages: while the filler waits for the
+other warpgroup to let it go as well, its next step keeps the tensor cores busy.
 """
 
 import dataclasses
@@ -41,11 +40,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..implementation import interpreting
-from .config import COMPUTE_WARPGROUPS, MULTIPROCESSORS, WARPGROUP_ROWS, KernelConfig
-from .pipeline import Ring, ring_barriers
-from .primitives import ROW, Ref, launch, rows, split_roles, tile
+from .config import MULTIPROCESSORS, WARPGROUP_ROWS, WARPGROUPS
+from .pipeline import Ring, Steps, ring_barriers
+from .primitives import ROW, Ref, launch, rows, tile
 
-ROWS = COMPUTE_WARPGROUPS * WARPGROUP_ROWS
+ROWS = WARPGROUPS * WARPGROUP_ROWS
 PART = 64  # columns that come and leave at a time: one row of swizzled shared memory
 SLOTS = 2  # parts on their way, a warpgroup
 
@@ -147,13 +146,12 @@ def matmul(
     def body(*refs: Ref, smem: Buffers, barriers: Barriers) -> None:
         x_refs, (w,), row_refs, narrow_refs, tile_refs, factor_refs, (out, *row_out) = _split(refs, *map(len, inputs))
         tiles, sides = ProgramTiles.of(tiling), Sides(row_refs, narrow_refs, tile_refs, factor_refs, out, row_out)
-        ring = Ring(*barriers.ring, first=tiles.first_slot)
-
-        def consume() -> None:
-            warpgroup = lax.axis_index("warpgroup")
-            Consumer(tiles, epilogue, row_results, sides, smem, ring, barriers.part_ready, warpgroup).all_tiles()
-
-        split_roles(lambda: _produce(tiles, x_refs, w, smem, ring), consume, KernelConfig(stages=tiling.stages))
+        copy = functools.partial(_copy_step, tiles, x_refs, w, smem)
+        steps = Steps(Ring(*barriers.ring, tiles.first_slot), tiles.count * tiling.steps, copy)
+        warpgroup = lax.axis_index("warpgroup")
+        steps.start()
+        Consumer(tiles, epilogue, row_results, sides, smem, steps, barriers.part_ready, warpgroup).all_tiles()
+        steps.ring.drain(steps.total)
 
     length, outputs = xs[0].shape[0], w_ND.shape[0]
     out_types = [jax.ShapeDtypeStruct((length, outputs), jnp.bfloat16)]
@@ -167,12 +165,12 @@ def matmul(
             smem=Buffers(
                 x=tile(tiling.stages, ROWS, config.channels),
                 w=tile(tiling.stages, config.columns, config.channels),
-                part=tile(COMPUTE_WARPGROUPS, SLOTS, WARPGROUP_ROWS, PART),
-                row=plgpu.SMEM((COMPUTE_WARPGROUPS, max(1, row_results), WARPGROUP_ROWS), jnp.float32),
+                part=tile(WARPGROUPS, SLOTS, WARPGROUP_ROWS, PART),
+                row=plgpu.SMEM((WARPGROUPS, max(1, row_results), WARPGROUP_ROWS), jnp.float32),
             ),
             barriers=Barriers(
                 ring=ring_barriers(2, tiling.stages),
-                part_ready=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS * SLOTS),
+                part_ready=plgpu.Barrier(num_barriers=WARPGROUPS * SLOTS),
             ),
         ),
         programs=tiling.programs,
@@ -230,33 +228,26 @@ class ProgramTiles(NamedTuple):
         return lax.div(number, self.tiling.column_tiles) * ROWS, lax.rem(number, self.tiling.column_tiles)
 
 
-def _produce(tiles: ProgramTiles, x_refs: Sequence[Ref], w: Ref, smem: Buffers, ring: Ring) -> None:
-    """Fill the ring with the steps of all tiles."""
+def _copy_step(
+    tiles: ProgramTiles, x_refs: Sequence[Ref], w: Ref, smem: Buffers, number: Array, slot: Array, ready: Ref
+) -> None:
+    """Start the copies of a program's step `number`, counted through all of its tiles."""
     tiling = tiles.tiling
     config = tiling.config
+    step = lax.rem(number, tiling.steps)
+    row, column_tile = tiles.corner(lax.div(number, tiling.steps))
 
     def channels(step: Array) -> pl.Slice:
         return pl.ds(step * config.channels, config.channels)
 
-    @pl.loop(0, tiles.count)
-    def _tile(i: Array) -> None:
-        row, column_tile = tiles.corner(i)
-        columns = pl.ds(column_tile * config.columns, config.columns)
+    for which, x in enumerate(x_refs):
 
-        @pl.loop(0, tiling.steps)
-        def _step(step: Array) -> None:
-            def copy(slot: Array, ready: Ref) -> None:
-                for which, x in enumerate(x_refs):
+        def copy_x(x: Ref = x, first: int = which * tiling.steps_of_one) -> None:
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(row, ROWS), channels(step - first)], smem.x.at[slot], ready)
 
-                    def copy_x(x: Ref = x, first: int = which * tiling.steps_of_one) -> None:
-                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, ROWS), channels(step - first)], smem.x.at[slot], ready)
-
-                    pl.when(lax.div(step, tiling.steps_of_one) == which)(copy_x)
-                plgpu.copy_gmem_to_smem(w.at[columns, channels(step)], smem.w.at[slot], ready)
-
-            ring.fill(i * tiling.steps + step, copy)
-
-    ring.drain()
+        pl.when(lax.div(step, tiling.steps_of_one) == which)(copy_x)
+    columns = pl.ds(column_tile * config.columns, config.columns)
+    plgpu.copy_gmem_to_smem(w.at[columns, channels(step)], smem.w.at[slot], ready)
 
 
 class Sides(NamedTuple):
@@ -283,7 +274,7 @@ class Consumer:
     row_results: int
     sides: Sides
     smem: Buffers
-    ring: Ring
+    steps: Steps
     part_ready: Ref
     warpgroup: Array
 
@@ -312,57 +303,58 @@ class Consumer:
         own, _ = self.place(i)
         row_values = [plgpu.load(ref.at[own], layout=ROW, optimized=False) for ref in self.sides.rows]
         came, late = list[Array](), None
+        first = i * steps
 
         self.multiply(acc, slot)
         done = 1
         for part in range(parts):
             if done < steps:
-                slot, done = self.next_step(acc, slot), done + 1
+                slot, done = self.next_step(acc, first + done, slot), done + 1
             pl.when(i > 0)(functools.partial(self.store, i - 1, part, last[part]))
         if self.sides.tiles:
             if done < steps:
-                slot, done = self.next_step(acc, slot), done + 1
+                slot, done = self.next_step(acc, first + done, slot), done + 1
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for copy in range(SLOTS):
                 self.fetch(i, copy)
             rest, copies = steps - done, parts * len(self.sides.tiles)
             for copy in range(copies):
                 until = steps - rest + rest * (copy + 2) // (copies + 2)
-                slot, done = self.next_steps(acc, slot, until - done), until
+                slot, done = self.next_steps(acc, first + done, slot, until - done), until
                 came.append(self.take(i, copy, row_values))
                 if self.sides.factor and copy == parts - 1:
                     late, came = self.add(acc, own, came), []
         # Not earlier: the last tile's parts are in registers until they have left.
         narrow = [plgpu.load(ref.at[own], layout=plgpu.Layout.WGMMA, optimized=False) for ref in self.sides.narrow]
-        slot = self.next_steps(acc, slot, steps - done)
+        slot = self.next_steps(acc, first + done, slot, steps - done)
 
         # An accumulator's registers are single, but bfloat16 is rounded in pairs.
         value = plgpu.layout_cast(acc[...], plgpu.Layout.WGMMA)
         if late is not None:
             value += late
-        self.ring.release(slot)
+        self.steps.release(first + steps - 1, slot)
         results = self.finish(value, row_values, narrow, came)
-        return self.ring.after(slot), *results
+        return self.steps.ring.after(slot), *results
 
     def multiply(self, acc: Ref, slot: Array) -> None:
         """Start the matmul of a step, once it has arrived."""
-        self.ring.wait(slot)
+        self.steps.ring.wait(slot)
         own = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         plgpu.wgmma(acc, self.smem.x.at[slot, own], self.smem.w.at[slot].transpose((1, 0)))
 
-    def next_step(self, acc: Ref, previous: Array) -> Array:
-        """Start the step after `previous`, wait for that to end and free its slot; return the new one's slot."""
-        slot = self.ring.after(previous)
+    def next_step(self, acc: Ref, number: Array, previous: Array) -> Array:
+        """Start step `number`, wait for the one before to end and let its slot `previous` go; return the step's slot."""
+        slot = self.steps.ring.after(previous)
         self.multiply(acc, slot)
         plgpu.wgmma_wait(1)
-        self.ring.release(previous)
+        self.steps.release(number - 1, previous)
         return slot
 
-    def next_steps(self, acc: Ref, slot: Array, count: int) -> Array:
+    def next_steps(self, acc: Ref, number: Array, slot: Array, count: int) -> Array:
         # The quotient is 0. A loop whose length the compiler knows it unrolls, and moves all keeping to the end of the
         # tile.
         length = count + lax.div(slot, self.tiling.stages)
-        return lax.fori_loop(0, length, lambda _, previous: self.next_step(acc, previous), slot)
+        return lax.fori_loop(0, length, lambda i, previous: self.next_step(acc, number + i, previous), slot)
 
     def place(self, i: Array) -> tuple[pl.Slice, Array]:
         """Return this warpgroup's rows of the i-th tile, and the tile's number among those of the same rows."""

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from ..implementation import interpreting
-from .config import COMPUTE_WARPGROUPS, PRODUCER, KernelConfig
+from .config import WARPGROUPS
 
 type Ref = Any  # a Pallas reference: its functions do not agree on a public type for one
 
@@ -27,7 +27,7 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
 
 def interpreter_buffers(*shapes: tuple[int, int]) -> list[pl.MemoryRef]:
     """Return the scratch of `with_accumulators`: nothing on a GPU."""
-    return [plgpu.SMEM((COMPUTE_WARPGROUPS, *shape), jnp.float32) for shape in shapes] if interpreting() else []
+    return [plgpu.SMEM((WARPGROUPS, *shape), jnp.float32) for shape in shapes] if interpreting() else []
 
 
 def with_accumulators(body: Callable[..., None], *shapes: tuple[int, int], buffers: list[Ref]) -> None:
@@ -85,31 +85,17 @@ def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> pl.MemoryRef:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def split_roles(producer: Callable[[], None], consumer: Callable[[], None], config: KernelConfig) -> None:
-    """Let the last warpgroup copy; the others compute, and take over most of its registers."""
-
-    @pl.when(lax.axis_index("warpgroup") == PRODUCER)
-    def _produce() -> None:
-        plgpu.set_max_registers(config.producer_registers, action="decrease")
-        producer()
-
-    @pl.when(lax.axis_index("warpgroup") != PRODUCER)
-    def _compute() -> None:
-        plgpu.set_max_registers(config.compute_registers, action="increase")
-        consumer()
-
-
 def launch(
     body: Callable[..., None], name: str, out_type: Any, scratch: dict[str, Any], *, programs: int
 ) -> Callable[..., Any]:
-    """Return a kernel over a line of programs, each of three warpgroups."""
+    """Return a kernel over a line of programs, each of two warpgroups."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         kernel_name=name,
         # All barriers are explicit: between them no buffer is both read and written by one thread.
