@@ -18,11 +18,6 @@ import jax
 
 Implementation = Literal["auto", "hopper", "xla", "reference"]
 
-SPILLING_JAX = ("0.12.0", "0.12.0.1")
-"""Releases that compile kernels as units to be linked, by nvJitLink. `setmaxnreg` is then ignored (ptxas' note C7504):
-the warps that multiply have 168 registers where the kernels count on 240, and spill; for dK and dV even the matmuls
-run one after the other. The extras for GPUs in pyproject.toml leave these releases out."""
-
 _target: contextvars.ContextVar[Literal["here", "interpreter", "elsewhere"]] = contextvars.ContextVar(
     "target", default="here"
 )
@@ -103,13 +98,3 @@ def _no_hopper(device: jax.Device | None) -> str | None:
 def on_hopper(device: jax.Device) -> bool:
     """Whether `device` is an H100 or H200 (compute capability 9.0)."""
     return getattr(device, "compute_capability", None) == "9.0"
-
-
-def slow_kernels_note(implementation: Implementation) -> str | None:
-    """Return why a run on these kernels is slow under this jax, and what to do about it; None where it is not."""
-    if implementation != "hopper" or jax.__version__ not in SPILLING_JAX:
-        return None
-    return (
-        f"jax {jax.__version__} compiles kernels for Hopper with too few registers: correct, but a step takes 1.19 "
-        "times as long as with 0.11.2; pip install 'jax[cuda13]==0.11.2'"
-    )

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from jax_speedrun.kernels.implementation import SPILLING_JAX
 from tests.paths import ROOT, module_names
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -165,8 +164,11 @@ def test_the_tiny_data_stays_small() -> None:
 
 
 @pytest.mark.parametrize("extra", ["cuda12", "cuda13"])
-def test_extras_for_gpus_leave_out_releases_that_spill_registers_and_no_others(extra: str) -> None:
-    (line,) = PROJECT["optional-dependencies"][extra]
-    allowed = Requirement(line).specifier
-    assert not any(allowed.contains(version) for version in SPILLING_JAX)
-    assert all(allowed.contains(version) for version in ("0.11.2", "0.12.1", "0.13.0"))
+def test_extras_for_gpus_take_every_release_that_the_package_takes(extra: str) -> None:
+    jax, nccl = (Requirement(line) for line in PROJECT["optional-dependencies"][extra])
+    assert (jax.name, jax.extras) == ("jax", {extra})
+    assert all(jax.specifier.contains(version) for version in ("0.11.2", "0.12.0", "0.12.0.1", "0.12.1", "0.13.0"))
+    # What jax 0.12's own all-reduce asks for.
+    assert nccl.name == f"nvidia-nccl-{extra.replace('cuda', 'cu')}"
+    assert nccl.specifier.contains("2.29.2")
+    assert not nccl.specifier.contains("2.28.9")

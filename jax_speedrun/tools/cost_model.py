@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from ..banks import Bank, banks, round_up
 from ..config import PRESETS, Config, ModelConfig
-from ..kernels.implementation import on_hopper, slow_kernels_note
+from ..kernels.implementation import on_hopper
 from ..model import GPT
 from ..optimizer import parameter_labels
 from .layout import wrap
@@ -114,7 +114,6 @@ def describe(config: Config, mesh: Mesh, device: jax.Device | None = None) -> st
         "model": f"{parameters / 1e6:.1f} M parameters, of which {config.model.matmul_parameters / 1e6:.1f} M "
         f"in matmuls; {config.matmul_flops / 1e12:.2f} TFLOP a step without attention",
         "attention": f"{config.attention}; head matmuls in {config.model.head_precision}",
-        "note": slow_kernels_note(config.attention),
         "memory": f"about {(state_bytes + activation_bytes) / 2**30:.1f} GiB a device: "
         f"{state_bytes / 2**30:.1f} parameters, gradients and optimiser state, "
         f"{activation_bytes / 2**30:.1f} activations of one sequence",

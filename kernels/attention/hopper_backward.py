@@ -192,7 +192,7 @@ def backward_dq(
                 copy.start(first_row, head, ready)
             Copy(documents, smem.key_documents.at[stage], WARPGROUP_ROWS).start(first_row, head, ready)
 
-        stream = Stream(Ring(*barriers.ring), copy_keys, copy_o)
+        stream = Stream(_ring(barriers), copy_keys, copy_o)
         one_tile = functools.partial(_dq_tile, schedule, origin, out, smem, resident, stream, accumulators, scale)
         _run(schedule, assignment, heads, resident, stream, one_tile)
 
@@ -267,7 +267,7 @@ def backward_dkv(
             ):
                 copy.start(first_row, head, ready)
 
-        stream = Stream(Ring(*barriers.ring), copy_queries)
+        stream = Stream(_ring(barriers), copy_queries)
         one_tile = functools.partial(
             _dkv_tile, schedule, origin, rstd, out, smem, resident, stream, accumulators, scale
         )
@@ -301,6 +301,11 @@ def backward_dkv(
         programs=assignment.shape[0],
     )(q_THK, k_THK, v_THK, do_THK, lse_HT, delta_HT, documents_T, schedule, assignment, origin, rstd_T)
     return results
+
+
+def _ring(barriers: Barriers) -> Ring:
+    ready, free = barriers.ring
+    return Ring(ready, free, jnp.int32(0))
 
 
 def _run(
@@ -361,9 +366,7 @@ def _dq_tile(
             multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile)
             plgpu.wgmma_wait(0)
 
-        _for_each_quarter(
-            schedule, at, resident, stream, step + 1, lambda half: 2 * warpgroup + half, quarter
-        )
+        _for_each_quarter(schedule, at, resident, stream, step + 1, lambda half: 2 * warpgroup + half, quarter)
         gradient = dq_acc[...] * scale
         if origin is not None:
             of_rows = _load_origin(origin, head, queries)
@@ -454,9 +457,10 @@ def _opaque(slot: Array, stage: Array) -> Array:
 
 
 def _row_dots(a: Ref, b: Ref) -> Array:
-    """Return the rows' inner products of two tiles, a part of 64 columns at a time: whole ones would fill all registers."""
+    """Return the rows' inner products of two tiles, 64 columns at a time: whole ones would fill all registers."""
     parts = (pl.ds(first, WARPGROUP_ROWS) for first in range(0, a.shape[-1], WARPGROUP_ROWS))
-    return sum((_tile_values(a.at[:, part]) * _tile_values(b.at[:, part])).sum(axis=1) for part in parts)
+    dots = ((_tile_values(a.at[:, part]) * _tile_values(b.at[:, part])).sum(axis=1) for part in parts)
+    return functools.reduce(jnp.add, dots)
 
 
 def _score_gradient(

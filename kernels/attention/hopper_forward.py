@@ -73,7 +73,7 @@ class Buffers(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    """`resident`, `k` and `v`: on which a slot's or a stage's copies arrive. `schedule`: where the warpgroups take turns.
+    """`resident`, `k`, `v`: on which a slot's or a stage's copies arrive. `schedule`: where the warpgroups take turns.
 
     Nobody says that a stage is free. Where the filler passes the schedule barrier the other warpgroup has got so far
     that it has read the last stage of keys, or of values.

@@ -23,9 +23,9 @@ waits in registers as bf16:
 All through the same two buffers per warpgroup. There is room for one array's parts. A second array comes before it, and
 once all of it has come, the warpgroup waits for the matmul so far and adds it to the accumulator, in float32.
 
-Barriers: those of the ring (two copies fill a slot), and one for each buffer, on which a warpgroup waits for what it has
-fetched itself. A step is let go when the next one has been issued, which takes 2 stages: while the filler waits for the
-other warpgroup to let it go as well, its next step keeps the tensor cores busy.
+Barriers: those of the ring (two copies fill a slot), and one for each buffer, on which a warpgroup waits for what it
+has fetched itself. A step is let go when the next one has been issued, which takes 2 stages: while the filler waits for
+the other warpgroup to let it go as well, its next step keeps the tensor cores busy.
 """
 
 import dataclasses
@@ -147,7 +147,8 @@ def matmul(
         x_refs, (w,), row_refs, narrow_refs, tile_refs, factor_refs, (out, *row_out) = _split(refs, *map(len, inputs))
         tiles, sides = ProgramTiles.of(tiling), Sides(row_refs, narrow_refs, tile_refs, factor_refs, out, row_out)
         copy = functools.partial(_copy_step, tiles, x_refs, w, smem)
-        steps = Steps(Ring(*barriers.ring, tiles.first_slot), tiles.count * tiling.steps, copy)
+        ready, free = barriers.ring
+        steps = Steps(Ring(ready, free, tiles.first_slot), tiles.total * tiling.steps, copy)
         warpgroup = lax.axis_index("warpgroup")
         steps.start()
         Consumer(tiles, epilogue, row_results, sides, smem, steps, barriers.part_ready, warpgroup).all_tiles()
@@ -213,14 +214,14 @@ class ProgramTiles(NamedTuple):
 
     tiling: Tiling
     program: Array
-    count: Array
+    total: Array
     first_slot: Array
 
     @classmethod
     def of(cls, tiling: Tiling) -> "ProgramTiles":
         program = lax.axis_index("program")
-        count = pl.cdiv(tiling.row_tiles * tiling.column_tiles - program, tiling.programs)
-        return cls(tiling, program, count, lax.rem(program, tiling.stages))
+        total = pl.cdiv(tiling.row_tiles * tiling.column_tiles - program, tiling.programs)
+        return cls(tiling, program, total, lax.rem(program, tiling.stages))
 
     def corner(self, i: Array) -> tuple[Array, Array]:
         """First row of this program's i-th tile, and its number among the tiles of these rows."""
@@ -283,7 +284,7 @@ class Consumer:
         return self.tiles.tiling
 
     def all_tiles(self) -> None:
-        tiling, count = self.tiling, self.tiles.count
+        tiling, count = self.tiling, self.tiles.total
 
         def next_tile(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             slot, *last = carry
@@ -343,7 +344,7 @@ class Consumer:
         plgpu.wgmma(acc, self.smem.x.at[slot, own], self.smem.w.at[slot].transpose((1, 0)))
 
     def next_step(self, acc: Ref, number: Array, previous: Array) -> Array:
-        """Start step `number`, wait for the one before to end and let its slot `previous` go; return the step's slot."""
+        """Start step `number`, wait for the one before to end, let its slot `previous` go; return the new slot."""
         slot = self.steps.ring.after(previous)
         self.multiply(acc, slot)
         plgpu.wgmma_wait(1)

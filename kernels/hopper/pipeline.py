@@ -41,7 +41,7 @@ class Ring(NamedTuple):
 
     ready: Ref
     free: Ref
-    first: Array | int = 0
+    first: Array
 
     @property
     def slots(self) -> int:
@@ -69,7 +69,7 @@ class Ring(NamedTuple):
         copy(slot, self.ready.at[slot])
 
     def drain(self, steps: Array) -> None:
-        """Have the filler wait for the end of the last of `steps` steps: each completion of a barrier must be awaited."""
+        """Have the filler wait for the last of `steps` steps to end: each completion of a barrier must be awaited."""
 
         @pl.when(is_filler())
         def _drain() -> None:
