@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, which then takes its place; whatever goes wrong, nothing else is left."""
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, which then takes its place; whatever goes wrong, nothing else is left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(partial)

@@ -167,7 +167,7 @@ PRESETS = {
         "tiny",
         model=_TINY_MODEL,
         # The narrow head needs larger steps to move its logits as far. Scalars get smaller ones: noise decides their
-        # first (docs/performance.md), and any number of devices should give the same losses.
+        # first (docs/lab-book.md), and any number of devices should give the same losses.
         optimizer=OptimizerConfig(
             head_learning_rate=0.03,
             scalar_learning_rate=0.01,
@@ -253,8 +253,8 @@ HOST_FIELDS = frozenset({"preset", "seed", "epochs", "checkpoint_every", "valida
 """Fields that compiled functions do not depend on, except through the shapes of their arguments."""
 
 
-def made_from(config: Config) -> str:
-    """What the compiled functions of a run come from, for the store of programs: every field but `HOST_FIELDS`."""
+def cache_key(config: Config) -> str:
+    """Return what the compiled functions of a run depend on, for `ProgramCache`: every field but `HOST_FIELDS`."""
     return repr({name: value for name, value in vars(config).items() if name not in HOST_FIELDS})
 
 

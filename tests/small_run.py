@@ -18,8 +18,8 @@ import numpy as np
 
 from jax_speedrun.config import PRESETS, Config, ModelConfig, OptimizerConfig
 from jax_speedrun.data.batches import write_shard
+from jax_speedrun.tools import train
 from tests.paths import ROOT
-from tests.scripts import load_script
 
 VOCABULARY = 512
 SMALL = Config(
@@ -157,4 +157,4 @@ def complete_checkpoints(out: Path) -> list[int]:
 
 if __name__ == "__main__":
     PRESETS |= {"small": SMALL, "still": STILL}
-    sys.exit(load_script("train").main())
+    sys.exit(train.main())

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from .shards import END_OF_TEXT, MAX_SHARD_TOKENS, Shard, Tokens, read_shard, write_shard
+from ..kernels.block_mask import BLOCK_SIZE
+from .shards import MAX_SHARD_TOKENS, Shard, Tokens, read_shard, write_shard
 
 __all__ = [
-    "END_OF_TEXT",
     "MAX_SHARD_TOKENS",
     "TINY_DATA",
     "Batch",
@@ -31,13 +31,12 @@ __all__ = [
 TINY_DATA = Path(__file__).parent / "tiny"
 """The public-domain shards in the package."""
 
-SEQUENCE_MULTIPLE = 128  # tokens in an attention block
 type Rows = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 type Batch = tuple[Rows, Rows]
 
 
 def find_shards(directory: Path, split: str) -> list[Path]:
-    """The shards `*_{split}_*.bin` of a folder, in the order in which they are read.
+    """Return the shards `*_{split}_*.bin` of a folder, in the order in which they are read.
 
     Raises:
         UsageError: no such folder, or no such shard in it.
@@ -54,7 +53,7 @@ def find_shards(directory: Path, split: str) -> list[Path]:
 
 
 def first_tokens(directory: Path, length: int) -> Rows:
-    """The first `length` training tokens of a folder, from the start again where they end; for benchmarks.
+    """Return the first `length` training tokens of a folder, from the start again where they end; for benchmarks.
 
     Raises:
         UsageError: as `find_shards`, or a bad shard.
@@ -118,11 +117,11 @@ class TokenBatches(Iterator[Batch]):
 
     @property
     def steps(self) -> int:
-        """Batches in all epochs together."""
+        """Return how many batches all epochs have together."""
         return self._epochs * self._ends[-1] if self._ends else 0
 
     def require_steps(self, steps: int) -> None:
-        """Raises UsageError if there are fewer than `steps` batches, counted from the very first."""
+        """Raise UsageError if there are fewer than `steps` batches, counted from the very first."""
         if steps <= self.steps:
             return
         needed, held = steps * self._batch_tokens, sum(shard.tokens for shard in self._shards)
@@ -135,14 +134,14 @@ class TokenBatches(Iterator[Batch]):
         )
 
     def position(self) -> dict[str, int]:
-        """Where the next batch starts, for `seek`: epoch, shard, offset in tokens, and that shard's size as a check."""
+        """Return where the next batch starts, for `seek`: epoch, shard, offset in tokens; and that shard's size."""
         epoch, batch = divmod(self._step, self._ends[-1])
         shard = bisect.bisect_right(self._ends, batch)
         offset = (batch - self._first_batch(shard)) * self._batch_tokens
         return {"epoch": epoch, "shard": shard, "offset": offset, "shard_tokens": self._shards[shard].tokens}
 
     def seek(self, position: dict[str, int]) -> None:
-        """Continues where `position()` was taken, bit for bit, for any `rows`.
+        """Continue where `position()` was taken, bit for bit, for any `rows`.
 
         Raises:
             UsageError: the position is not one of these shards, cut into these batches.
@@ -176,7 +175,7 @@ class TokenBatches(Iterator[Batch]):
 
 
 def validation_count(shards: Sequence[Path], sequence_length: int, max_tokens: int) -> int:
-    """How many whole sequences of the first shard are validated on, for at most `max_tokens` tokens.
+    """Return how many whole sequences of the first shard are validated on, for at most `max_tokens` tokens.
 
     Raises:
         UsageError: a bad shard, a T that is not a positive multiple of 128, or not one sequence fits.
@@ -195,7 +194,7 @@ def validation_count(shards: Sequence[Path], sequence_length: int, max_tokens: i
 def validation_sequences(
     shards: Sequence[Path], sequence_length: int, max_tokens: int, rows: Sequence[int] | None = None
 ) -> Batch:
-    """The first sequences of the first shard, those of `validation_count`, or only the `rows` among them.
+    """Return the first sequences of the first shard, those of `validation_count`, or only the `rows` among them.
 
     Returns:
         tokens_NT, targets_NT: int32.
@@ -211,7 +210,7 @@ def validation_sequences(
 def prefetch[Placed](
     batches: TokenBatches, put: Callable[[Batch], Placed], depth: int = 2
 ) -> Generator[tuple[dict[str, int], Placed]]:
-    """Reads and places batches in a background thread, up to `depth` ahead of the consumer.
+    """Read and place batches in a background thread, up to `depth` ahead of the consumer.
 
     The reader runs ahead, so `batches.position()` is of no use to a checkpoint. Each item therefore carries its own:
     the position of the batch after it, to be saved once the item has been trained on.
@@ -241,10 +240,10 @@ def prefetch[Placed](
 
 
 def _inputs_and_targets(tokens: Tokens) -> Batch:
-    """Targets are the inputs shifted by one: a row of T + 1 tokens gives T of each."""
+    """Cut rows of T + 1 tokens into T inputs and T targets, which are the inputs shifted by one."""
     return tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
 
 
 def _check_sequence_length(sequence_length: int) -> None:
-    if sequence_length < 1 or sequence_length % SEQUENCE_MULTIPLE:
-        raise UsageError(f"sequence length {sequence_length}: must be a positive multiple of {SEQUENCE_MULTIPLE}")
+    if sequence_length < 1 or sequence_length % BLOCK_SIZE:
+        raise UsageError(f"sequence length {sequence_length}: must be a positive multiple of {BLOCK_SIZE}")

@@ -17,7 +17,7 @@ FINEWEB_TRAIN_SHARDS = 103
 
 
 def fetch_fineweb(out: Path, shards: int) -> list[Path]:
-    """Downloads FineWeb-10B's validation shard and the first `shards` training shards of 100 M tokens each.
+    """Download FineWeb-10B's validation shard and the first `shards` training shards of 100 M tokens each.
 
     Files already in `out` that are whole and right (size, sha256) are kept, any other is fetched. A run that was cut
     short thus goes on with the file it was at, from its start; within a run a dropped connection goes on where it was.

@@ -11,14 +11,14 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..atomic_write import write_whole
+from ..atomic_write import atomic_write
 from ..errors import UsageError
+from ..kernels.block_mask import DOCUMENT_START
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-END_OF_TEXT = 50256  # starts every document, and is the largest id there is
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 SCAN_TOKENS = 1 << 22  # bounds the memory touched while checking ids
 
@@ -75,7 +75,7 @@ class Shard:
                 self.read([start], min(SCAN_TOKENS, self.tokens - start))
 
     def read(self, starts: Sequence[int], count: int) -> Tokens:
-        """`count` tokens from each of `starts` on, as (starts, count).
+        """Return `count` tokens from each of `starts` on, as (starts, count).
 
         Raises:
             UsageError: the file is not what it was when it was first looked at, or holds an id that GPT-2 lacks.
@@ -92,11 +92,11 @@ class Shard:
             raise UsageError(f"{self.path}: cannot be read any more ({error.strerror}); {PUT_BACK}") from error
         if now != self._identity:
             raise UsageError(f"{self.path}: {self._change(now)} while in use; {PUT_BACK}")
-        if int(tokens.max()) > END_OF_TEXT:
-            which, column = divmod(int(np.argmax(tokens > END_OF_TEXT)), count)
+        if int(tokens.max()) > DOCUMENT_START:
+            which, column = divmod(int(np.argmax(tokens > DOCUMENT_START)), count)
             raise UsageError(
                 f"{self.path}: id {tokens[which, column]} at token {starts[which] + column}, GPT-2 ends at "
-                f"{END_OF_TEXT}; make it again"
+                f"{DOCUMENT_START}; make it again"
             )
         return tokens
 
@@ -112,21 +112,21 @@ def _identity(file: BinaryIO) -> Identity:
 
 
 def read_shard(path: Path) -> Tokens:
-    """All tokens of a shard, checked as by `Shard`, which see for the errors."""
+    """Return all tokens of a shard, checked as by `Shard`, which see for the errors."""
     shard = Shard(path, check_ids=False)
     return shard.read([0], shard.tokens)[0]
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes 1 to 2^31 - 1 token ids as a shard, whole or not at all.
+    """Write 1 to 2^31 - 1 token ids as a shard, whole or not at all.
 
     Raises:
-        ValueError: no token, too many, or an id outside 0 .. 50256.
+        ValueError: no token, too many, or an id outside 0 .. `DOCUMENT_START`, the largest there is.
     """
     if not 0 < tokens.size <= MAX_SHARD_TOKENS:
         raise ValueError(f"a shard holds 1 to {MAX_SHARD_TOKENS} tokens, not {tokens.size}")
-    if int(tokens.min()) < 0 or int(tokens.max()) > END_OF_TEXT:
-        raise ValueError(f"token ids must lie in 0 .. {END_OF_TEXT}")
+    if int(tokens.min()) < 0 or int(tokens.max()) > DOCUMENT_START:
+        raise ValueError(f"token ids must lie in 0 .. {DOCUMENT_START}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = MAGIC, VERSION, tokens.size
 
@@ -136,4 +136,4 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
             file.write(header)
             file.write(np.ascontiguousarray(tokens, "<u2"))
 
-    write_whole(path, write)
+    atomic_write(path, write)

@@ -28,7 +28,8 @@ from rich.progress import (
 )
 
 from ..errors import UsageError
-from .batches import END_OF_TEXT, MAX_SHARD_TOKENS, Tokens, write_shard
+from ..kernels.block_mask import DOCUMENT_START
+from .batches import MAX_SHARD_TOKENS, Tokens, write_shard
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -48,7 +49,7 @@ class Piece(NamedTuple):
 
 
 def load_encoding(bpe_files: tuple[Path, Path] | None = None) -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding, 50,257 ids, from tiktoken's own download or from vocab.bpe and encoder.json.
+    """Return GPT-2's byte-pair encoding, 50,257 ids, from tiktoken's own download or from vocab.bpe and encoder.json.
 
     Raises:
         UsageError: no network and no files, or files that are not exactly OpenAI's.
@@ -75,10 +76,10 @@ def load_encoding(bpe_files: tuple[Path, Path] | None = None) -> tiktoken.Encodi
             "gpt2",
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": END_OF_TEXT},
-            explicit_n_vocab=END_OF_TEXT + 1,
+            special_tokens={"<|endoftext|>": DOCUMENT_START},
+            explicit_n_vocab=DOCUMENT_START + 1,
         )
-    if encoding.n_vocab != END_OF_TEXT + 1 or encoding.encode_ordinary("Hello world") != [15496, 995]:
+    if encoding.n_vocab != DOCUMENT_START + 1 or encoding.encode_ordinary("Hello world") != [15496, 995]:
         raise UsageError("tiktoken's gpt2 is not GPT-2's encoding here; install tiktoken anew or give --bpe-files")
     return encoding
 
@@ -95,7 +96,7 @@ def prepare_text(
     field: str,
     overwrite: bool,
 ) -> list[Path]:
-    """Encodes .txt and .jsonl files into `{name}_val_000000.bin` and `{name}_train_%06d.bin`, streaming.
+    """Encode .txt and .jsonl files into `{name}_val_000000.bin` and `{name}_train_%06d.bin`, streaming.
 
     The first `val_tokens` tokens are the validation shard, the rest goes to training shards of `shard_tokens`. Every
     document starts with token 50256; the text `<|endoftext|>` has no special meaning. Memory: one shard and pieces.
@@ -151,7 +152,7 @@ def prepare_text(
 
 @contextmanager
 def incoming_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder inside `out` (so that a rename stays within one file system), gone afterwards in any case.
+    """Make a temporary folder inside `out`, so that a rename stays within one file system; gone afterwards in any case.
 
     Raises:
         UsageError: `out` cannot be made or written.
@@ -181,7 +182,7 @@ def _progress() -> Progress:
 
 
 def _text_fragments(file: BinaryIO, path: Path, separator: str | None) -> Iterator[str | None]:
-    """The text bit by bit, None after each document. Line ends stay as they are; a byte order mark does not count."""
+    """Yield the text bit by bit, None after each document. Line ends stay; a byte order mark does not count."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     read = text.read if separator is None else text.readline
     at_line_start = True
@@ -195,7 +196,7 @@ def _text_fragments(file: BinaryIO, path: Path, separator: str | None) -> Iterat
 
 
 def _json_fragments(file: BinaryIO, path: Path, field: str) -> Iterator[str | None]:
-    """The text of each line's object, then None."""
+    """Yield the text of each line's object, then None."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -210,7 +211,7 @@ def _json_fragments(file: BinaryIO, path: Path, field: str) -> Iterator[str | No
 
 
 def _cut(fragments: Iterable[str | None], path: Path, characters: int = PIECE_CHARACTERS) -> Iterator[Piece]:
-    """Documents in pieces of a little over `characters`, cut only where no token can straddle; blank ones left out.
+    """Cut documents in pieces of a little over `characters`, cut only where no token can straddle; blank ones left out.
 
     No alternative of GPT-2's pattern takes white space after anything else, and none looks back. So between a
     character that is no white space and a space or line feed there is always a token's border.
@@ -256,7 +257,7 @@ def _encode(pieces: Iterable[Piece], encoding: tiktoken.Encoding) -> Tokens:
     parts = []
     for text, starts_document, path in pieces:
         if starts_document:
-            parts.append(np.array([END_OF_TEXT], np.uint16))
+            parts.append(np.array([DOCUMENT_START], np.uint16))
         # JSON may hold half a surrogate pair, which has no UTF-8; tiktoken's own encode_ordinary replaces it likewise.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         try:
@@ -267,7 +268,7 @@ def _encode(pieces: Iterable[Piece], encoding: tiktoken.Encoding) -> Tokens:
 
 
 def _encoded(pieces: Iterable[Piece], encoding: tiktoken.Encoding) -> Iterator[Tokens]:
-    """Groups of pieces in threads (tiktoken lets go of the interpreter), results in order, a bounded number ahead."""
+    """Encode groups of pieces in threads (tiktoken lets go of the interpreter), in order, a bounded number ahead."""
     workers = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     pending: deque[Future[Tokens]] = deque()
@@ -283,7 +284,7 @@ def _encoded(pieces: Iterable[Piece], encoding: tiktoken.Encoding) -> Iterator[T
 
 
 def _filled(chunks: Iterable[Tokens], sizes: Iterator[int]) -> Iterator[Tokens]:
-    """The same tokens in arrays of the given sizes; the last is as long as tokens last."""
+    """Yield the same tokens in arrays of the given sizes; the last is as long as tokens last."""
     shard, used = np.empty(next(sizes), np.uint16), 0
     for chunk in chunks:
         while chunk.size:

@@ -87,24 +87,24 @@ class Checkpoints:
         self._writing = self._background.submit(self._finish, step, response, metadata)
 
     def check(self) -> None:
-        """Raises UsageError if a write has failed; never waits."""
+        """Raise UsageError if a write has failed; never waits."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is complete on disk. Raises UsageError if it could not be."""
+        """Wait until what was saved is complete on disk. Raises UsageError if it could not be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def restore[State](self, step: int, abstract_state: State) -> State:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `abstract_state`: a `Program.saved`."""
+        """Return the state of `step`, with shapes, dtypes and shardings of `abstract_state`, a `Program.saved`."""
         return self._checkpointer.load(step, abstract_state)
 
     def _finish(self, step: int, response: ocp.AsyncResponse[bool], metadata: Metadata) -> None:
         try:
             response.result()
-            if distributed.is_first():
+            if distributed.is_main_process():
                 _write_manifest(self.directory / str(step), metadata)
         except Exception as error:
             raise self._cannot_write(step, error) from error
@@ -117,7 +117,7 @@ class Checkpoints:
 
 
 def latest(run_directory: Path, step: int | None = None) -> Saved:
-    """The newest complete checkpoint of a run, or that of `step`. `verify` looks at its files.
+    """Return the newest complete checkpoint of a run, or that of `step`. `verify` looks at its files.
 
     Raises:
       UsageError: if the folder holds none, or the manifest is damaged.
@@ -177,7 +177,7 @@ def _write_manifest(checkpoint: Path, metadata: Metadata) -> None:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """None if it is damaged."""
+    """Return what a checkpoint's manifest holds, None if it is damaged."""
     try:
         digest, _, content = (checkpoint / MANIFEST).read_bytes().partition(b"\n")
     except OSError:
@@ -189,7 +189,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _damage(checkpoint: Path) -> tuple[Path, str] | None:
-    """The first file that is not as it was written, and what is wrong with it."""
+    """Return the first file that is not as it was written, and what is wrong with it."""
     manifest = _read_manifest(checkpoint)
     if manifest is None:
         return checkpoint / MANIFEST, "its bytes have changed"

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered, Wrapped
 
-from .program_cache import ProgramStore
+from .program_cache import ProgramCache
 
 MAX_BYTES = 4 << 30
 """The least recently used programs go when there is more."""
@@ -62,8 +62,8 @@ class Call(NamedTuple):
         return getattr(self.function, "__name__", "program")
 
 
-def compile_together(*calls: Call, store: ProgramStore | None = None, made_from: str = "") -> list[Compiled]:
-    """Compile programs side by side, on all cores, or take them from `store`.
+def compile_together(*calls: Call, cache: ProgramCache | None = None, cache_key: str = "") -> list[Compiled]:
+    """Compile programs side by side, on all cores, or take them from `cache`.
 
     XLA would compile the kernels of a program one after the other, a second or two each. But a process compiles no
     kernel that it has compiled before. So each is first compiled as a program of its own, all at the same time, while
@@ -71,28 +71,28 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
 
     Args:
       calls: what to compile.
-      store: where to look first, and to keep what was compiled; what came from JAX's own cache stays there alone.
-      made_from: for the store: what the functions depend on, in words.
+      cache: where to look first, and to keep what was compiled; what came from JAX's own cache stays there alone.
+      cache_key: for the cache: what the functions depend on beside their arguments, in words.
     """
     kernels: dict[bytes, Future[Compiled]] = {}
 
     def load(call: Call) -> Compiled | None:
-        return None if store is None else store.load(call.name, made_from, call.arguments)
+        return None if cache is None else cache.load(call.name, cache_key, call.arguments)
 
     def compile_kernel(attributes: dict[str, Any]) -> Compiled:
         return kernel_program(attributes).lower().compile()
 
     def compile_after(needed: list[Future[Compiled]], call: Call, lowered: Lowered) -> Compiled:
         wait(needed)
-        _thread.hits = 0
+        hits.count = 0
         program = lowered.compile()
         # What JAX's cache has read back need not survive being written again: on a CPU it loses its functions.
-        if store is not None and not _thread.hits:
-            store.save(call.name, made_from, call.arguments, program)
+        if cache is not None and not hits.count:
+            cache.save(call.name, cache_key, call.arguments, program)
         return program
 
     # Threads take what was submitted first, so those that wait never keep the kernels from being compiled.
-    with ThreadPoolExecutor() as pool:
+    with CacheHits() as hits, ThreadPoolExecutor() as pool:
         programs: list[Compiled | Future[Compiled]] = []
         for call, loaded in zip(calls, pool.map(load, calls), strict=True):
             if loaded is not None:
@@ -106,20 +106,25 @@ def compile_together(*calls: Call, store: ProgramStore | None = None, made_from:
         return [program.result() if isinstance(program, Future) else program for program in programs]
 
 
-_thread = threading.local()
-"""`hits`: programs that JAX's cache has given this thread."""
+class CacheHits(threading.local):
+    """Counts, while entered, the programs that JAX's own cache gives to each thread."""
 
+    count = 0
 
-def _count_hits(event: str, **_: str | int) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        _thread.hits = getattr(_thread, "hits", 0) + 1
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_listener(self._listen)
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_listener(self._listen)
 
-jax.monitoring.register_event_listener(_count_hits)
+    def _listen(self, event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.count += 1
 
 
 def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:
-    """The attributes of each call of a Pallas kernel in a program lowered for a GPU: its hash, its code, its flags."""
+    """Yield the attributes of each call of a Pallas kernel in a program lowered for a GPU: hash, code and flags."""
 
     def walk(operation: Any) -> Iterator[dict[str, Any]]:
         for region in operation.regions:
@@ -137,11 +142,11 @@ def kernel_calls(program: Lowered) -> Iterator[dict[str, Any]]:
 
 
 def kernel_program(attributes: dict[str, Any]) -> Wrapped:
-    """A program with nothing but one kernel, to be compiled and never run, so it needs none of the kernel's arrays."""
+    """Return a program of one kernel alone, to be compiled and never run, so it needs none of the kernel's arrays."""
     call = jax.ffi.ffi_call(KERNEL_CALL, jax.ShapeDtypeStruct((), jnp.float32), has_side_effect=True)
     return jax.jit(lambda: call(**attributes))
 
 
 def _value(attribute: Any) -> Any:
-    """An MLIR attribute as `jax.ffi.ffi_call` takes it."""
+    """Return an MLIR attribute as `jax.ffi.ffi_call` takes it."""
     return attribute.value_bytes if hasattr(attribute, "value_bytes") else attribute.value

@@ -12,12 +12,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-from jax._src.distributed import global_state  # the client has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -31,6 +30,21 @@ MESSAGE_BYTES = 4096
 
 SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+LAUNCHERS = (
+    (SLURM_VARIABLES, "SLURM_PROCID", "SLURM_NTASKS"),
+    (OPEN_MPI_VARIABLES, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
+"""Variables by which JAX knows a launcher, and those of this process's number and of how many there are."""
+
+
+class Identity(NamedTuple):
+    """Which process of a run this is, of how many."""
+
+    process: int
+    processes: int
+
+
+_identity = Identity(0, 1)  # until `start` says otherwise; JAX could say only once its backends run
 
 
 class SharedError(Exception):
@@ -59,14 +73,17 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     missing = [name for name, value in options.items() if value is None]
     if missing and len(missing) < len(options):
         raise UsageError(f"{', '.join(missing)} missing: --coordinator, --processes and --process-id go together")
-    count = processes if processes is not None else _launched_processes()
     if processes is not None and process_id is not None and coordinator is not None:
         _check(coordinator, processes, process_id)
-    elif count == 1:
+        identity = Identity(process_id, processes)
+    elif (identity := _launched()).processes == 1:
         return
+    count = identity.processes
     if devices is not None and devices % count:
         raise UsageError(f"--mesh {devices} does not divide evenly among {count} processes; use a multiple of {count}")
-    jax.config.update("jax_enable_preemption_service", False)  # stopping.py says why
+    global _identity
+    _identity = identity
+    jax.config.update("jax_enable_preemption_service", False)  # preemption.py says why
     # On a GPU machine these are not the devices that the run uses.
     jax.config.update("jax_num_cpu_devices", (devices or count) // count)
     where = f"--coordinator {coordinator}" if coordinator else "the launcher's environment"
@@ -111,35 +128,35 @@ def _check(coordinator: str, processes: int, process_id: int) -> None:
             raise UsageError(f"--coordinator {coordinator}: {error.strerror}; name a free port of process 0") from error
 
 
-def _launched_processes() -> int:
-    """How many processes Slurm or Open MPI started.
+def _launched() -> Identity:
+    """Return what Slurm or Open MPI says of this process.
 
     JAX would join a single one as well, and then confine it to the first of its GPUs.
     """
-    for variables, count in ((SLURM_VARIABLES, "SLURM_NTASKS"), (OPEN_MPI_VARIABLES, "OMPI_COMM_WORLD_SIZE")):
+    for variables, process, processes in LAUNCHERS:
         if all(name in os.environ for name in variables):
-            return int(os.environ[count])
-    return 1
+            return Identity(int(os.environ[process]), int(os.environ[processes]))
+    return Identity(0, 1)
 
 
 def several() -> bool:
-    """Whether the run has more processes than this one. Starts no backend, unlike `jax.process_count`."""
-    return global_state.num_processes is not None and global_state.num_processes > 1
+    """Return whether the run has more processes than this one. Starts no backend, unlike `jax.process_count`."""
+    return _identity.processes > 1
 
 
-def is_first() -> bool:
-    """Whether this process writes what there is one of in a run: log, metrics, plot, messages."""
-    return not several() or global_state.process_id == 0
+def is_main_process() -> bool:
+    """Return whether this process writes what there is one of in a run: log, metrics, plot, messages."""
+    return _identity.process == 0
 
 
 def say(message: str) -> None:
     """Print a message of the run, once for all processes."""
-    if is_first():
+    if is_main_process():
         print(message, flush=True)
 
 
 def require_whole(mesh: Mesh) -> None:
-    """Raises UsageError unless all devices of all processes are in `mesh`."""
+    """Raise UsageError unless all devices of all processes are in `mesh`."""
     if several() and mesh.size != jax.device_count():
         raise UsageError(
             f"--mesh {mesh.size}: {jax.process_count()} processes have {jax.device_count()} devices, and all of them "
@@ -148,7 +165,7 @@ def require_whole(mesh: Mesh) -> None:
 
 
 def exchange(text: str) -> list[str]:
-    """What each process says here, by process; cut off at 4,096 bytes. All wait for the last."""
+    """Return what each process says here, by process; cut off at 4,096 bytes. All wait for the last."""
     if not several():
         return [text]
     said = np.zeros(MESSAGE_BYTES, np.uint8)
@@ -166,19 +183,22 @@ def announce(what: str, value: str) -> None:
 
 
 def announced(what: str) -> str | None:
-    """What a process announced, None if none has: a message to process 0 and back."""
+    """Return what a process announced, None if none has: a message to process 0 and back."""
     found = _client().key_value_dir_get(what)
     return found[0][1] if found else None
 
 
 def _client() -> Any:
+    """Return the client of JAX's key-value store, which has no public name, and JAX no other word without waiting."""
+    from jax._src.distributed import global_state
+
     assert global_state.client is not None, "announcements are for several processes"
     return global_state.client
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A block that succeeds in all processes, or fails in all of them.
+    """Let a block succeed in all processes, or fail in all of them.
 
     Raises:
       SharedUsageError: if it raised UsageError in any of several processes.
@@ -199,19 +219,19 @@ def together() -> Iterator[None]:
 
 
 def require_same(*run: object) -> None:
-    """Raises UsageError, in all processes, unless all of them have been given the same `run`, as its repr shows it."""
+    """Raise UsageError, in all processes, unless all of them have been given the same `run`, as its repr shows it."""
     digests = exchange(hashlib.sha256(repr(run).encode()).hexdigest())
     if others := [str(process) for process, digest in enumerate(digests) if digest != digests[0]]:
         raise SharedUsageError(f"process {', '.join(others)}: other options than process 0; start all of them alike")
 
 
 def own_share() -> slice:
-    """Of things that any process could do, those that this one does."""
+    """Return which things this process does, of those that any process could do."""
     return slice(jax.process_index(), None, jax.process_count())
 
 
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
-    """Which of the first axis' `rows` lie on this process's devices, in ascending order."""
+    """Return which of the first axis' `rows` lie on this process's devices, in ascending order."""
     found: set[int] = set()
     for index in sharding.addressable_devices_indices_map((rows,)).values():
         assert index is not None
@@ -220,12 +240,12 @@ def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
 
 
 def place(sharding: NamedSharding, rows: int, array: np.ndarray) -> Array:
-    """A global array of `rows` rows, from this process's `own_rows` of it."""
+    """Return a global array of `rows` rows, from this process's `own_rows` of it."""
     return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
 
 
 def fails_alone(error: BaseException | None) -> bool:
-    """Whether `error` ends this process while others go on or are gone: then nothing may wait for them."""
+    """Return whether `error` ends this process while others go on or are gone: then nothing may wait for them."""
     return error is not None and several() and not isinstance(error, SharedError)
 
 
@@ -240,8 +260,8 @@ def end_alone(code: int) -> None:
 
 
 def describe_failure(error: BaseException) -> str:
-    """What one of several processes says when it ends alone and by no mistake of the user's."""
-    who = f"process {global_state.process_id} of {global_state.num_processes} stops"
+    """Return what one of several processes says when it ends alone and by no mistake of the user's."""
+    who = f"process {_identity.process} of {_identity.processes} stops"
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return f"{who}, and with it the others: {''.join(traceback.format_exception(error)).strip()}"
     return (
@@ -251,4 +271,5 @@ def describe_failure(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -20,7 +20,7 @@ DISTRIBUTIONS = (
 
 
 def environment() -> dict[str, object]:
-    """Versions, devices and git commit (None outside a checkout; `-dirty` where files have changed)."""
+    """Return versions, devices and git commit (None outside a checkout; `-dirty` where files have changed)."""
     installed = {distribution.name for distribution in metadata.distributions()}
     versions = {name: metadata.version(name) for name in DISTRIBUTIONS if name in installed}
     devices = jax.devices()

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 
@@ -24,12 +25,17 @@ def locked(directory: Path) -> Iterator[None]:
       UsageError: another run holds it, or the folder cannot be written.
     """
     path = directory / LOCK
+    # The file says who holds it, so filelock must not write marks of its own where locks are unknown.
+    lock = FileLock(path, timeout=0.2, fallback_to_soft=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path)
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    except BlockingIOError as error:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    except Timeout as error:
         raise UsageError(
             f"--out {directory}: a run is going on in it ({_holder(path)}); wait for it, or name another folder"
         ) from error
@@ -39,25 +45,9 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before it is released: whoever waits for this file sees that it is gone, and makes another.
         path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(path: Path) -> int:
-    """A descriptor that holds the lock. Raises BlockingIOError if another one does."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-        # Whoever held it may have deleted the file between our two calls; then ours would lock nobody out.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        os.close(descriptor)
+        lock.release()
 
 
 def _holder(path: Path) -> str:

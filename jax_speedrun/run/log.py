@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..atomic_write import write_whole
+from ..atomic_write import atomic_write
 from ..errors import UsageError
 from .environment import environment
 
@@ -52,11 +52,11 @@ class StepClock:
 
     @property
     def step_avg_ms(self) -> float:
-        """Milliseconds a step over all that count; nan before the first of them."""
+        """Return milliseconds a step over all that count; nan before the first of them."""
         return self.elapsed_ms / self.steps_counted if self.steps_counted else math.nan
 
     def state(self) -> ClockState:
-        """What a checkpoint has to keep."""
+        """Return what a checkpoint has to keep."""
         return {"elapsed_ms": self.elapsed_ms, "steps_counted": self.steps_counted}
 
     def resume(self) -> None:
@@ -69,7 +69,7 @@ class StepClock:
             self._running_since = None
 
     def tick(self) -> float:
-        """Ends a step. Returns its milliseconds without pauses, whether it counts or not."""
+        """End a step. Returns its milliseconds without pauses, whether it counts or not."""
         if self._running_since is None:
             raise RuntimeError("tick() on a paused StepClock; call resume() first")
         now = self._now()
@@ -127,7 +127,7 @@ class RunLog:
             directory.mkdir(parents=True, exist_ok=True)
             if not description.exists():
                 text = json.dumps({"config": config, **environment()}, indent=2) + "\n"
-                write_whole(description, lambda path: path.write_text(text, encoding="utf-8"))
+                atomic_write(description, lambda path: path.write_text(text, encoding="utf-8"))
             self._log, _ = _open_after(log, resume_step or 0)
             self._metrics, records = _open_after(metrics, resume_step or 0)
         except OSError as error:
@@ -167,7 +167,7 @@ class RunLog:
         step_avg_ms: float,
         mfu: float | None = None,
     ) -> None:
-        """Records step number `step`.
+        """Record step number `step`.
 
         Args:
           loss: of the batch, before the step changed the weights.
@@ -186,7 +186,7 @@ class RunLog:
         self._progress.update(self._task, completed=step, rates=rates)
 
     def validation(self, step: int, *, val_loss: float, train_time_ms: float, step_avg_ms: float) -> None:
-        """Records the validation loss after step number `step` (0: before the first), and draws loss.png.
+        """Record the validation loss after step number `step` (0: before the first), and draws loss.png.
 
         A resumed run may validate the step it starts from again: the folder keeps the first answer.
         """
@@ -254,7 +254,7 @@ class RunLog:
 
 
 def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int, float]) -> None:
-    """Draws training losses (each, and smoothed) and validation losses over steps, as PNG; whole or not at all."""
+    """Draw training losses (each, and smoothed) and validation losses over steps, as PNG; whole or not at all."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps, raw = list(losses), list(losses.values())
@@ -266,11 +266,11 @@ def draw_losses(path: Path, losses: Mapping[int, float], val_losses: Mapping[int
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
+    atomic_write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Mean of each value and as many neighbours on either side: unlike an average of the past, it does not lag."""
+    """Return the mean of each value and as many neighbours on either side; unlike one of the past it does not lag."""
     count = len(values)
     index = np.arange(count)
     reach = np.minimum(count // 40, np.minimum(index, count - 1 - index))
@@ -279,7 +279,7 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def _open_after(path: Path, step: int) -> tuple[BinaryIO, list[bytes]]:
-    """Opens a file of lines to go on after `step`: cuts off the first later line and all behind it; gives the rest."""
+    """Open a file of lines to go on after `step`: cut off the first later line and all behind it, return the rest."""
     path.touch()
     file = path.open("r+b")
     kept: list[bytes] = []

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from ..config import Config, made_from, peak_flops, to_dict
+from ..config import Config, cache_key, peak_flops, to_dict
 from ..data.batches import Batch, TokenBatches, prefetch
 from ..kernels.block_mask import BLOCK_SIZE
 from ..sharding import replicate, split_sequences
@@ -20,8 +20,8 @@ from .checkpoint import Checkpoints
 from .compilation import Call, compile_together
 from .distributed import SharedError, place, say
 from .log import RunLog, StepClock
-from .preemption import StopRequest
-from .program_cache import ProgramStore
+from .preemption import Preemption
+from .program_cache import ProgramCache
 
 TRACED_STEPS = range(10, 15)
 """Which of the steps that a process makes `--profile` traces: past compilation and the first, slow ones."""
@@ -43,9 +43,9 @@ class Functions(NamedTuple):
 
 
 def compile_functions(
-    program: Program, config: Config, mesh: Mesh, validation: Validation, store: ProgramStore | None
+    program: Program, config: Config, mesh: Mesh, validation: Validation, programs: ProgramCache | None
 ) -> Functions:
-    """Side by side, on all cores; or from `store`, where they stay."""
+    """Compile side by side, on all cores; or take what `programs` has."""
     split = split_sequences(mesh)
     sequences = jax.ShapeDtypeStruct((config.sequences, config.sequence_length), jnp.int32, sharding=split)
     began = time.perf_counter()
@@ -54,15 +54,15 @@ def compile_functions(
         Call(program.train_step, (program.state, sequences, sequences)),
         Call(program.evaluate, (program.state, *validation)),
         Call(program.init, (jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicate(mesh)),)),
-        store=store,
-        made_from=made_from(config),
+        cache=programs,
+        cache_key=cache_key(config),
     )
     say(f"compiled in {time.perf_counter() - began:.1f} s")
     return Functions(init, train_step, evaluate)
 
 
 class Loop:
-    """What runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
+    """Runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
 
     With `trace`, a folder, some steps are traced into it, for xprof or Perfetto.
     """
@@ -98,20 +98,20 @@ class Loop:
             say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
         start, position, val_loss = resumed or 0, batches.position(), math.nan
         placed = prefetch(batches, self._place)
-        with StopRequest() as stop:
+        with Preemption() as preemption:
             for step in range(start, config.steps + 1):
-                last, stopped = step == config.steps, stop.reached(step)
-                if last or (step % config.validation_every == 0 and not stopped):
+                last, preempted = step == config.steps, preemption.reached(step)
+                if last or (step % config.validation_every == 0 and not preempted):
                     self._report()
                     self.clock.pause()
                     val_loss = float(self.functions.evaluate(state, *validation))
                     self._log_validation(step, val_loss)
                 every = config.checkpoint_every
-                due = last or stopped or (every > 0 and step % every == 0 and step > start)
+                due = last or preempted or (every > 0 and step % every == 0 and step > start)
                 if due and step != resumed:
                     self._report()
                     self._save(step, state, position)
-                if last or stopped:
+                if last or preempted:
                     break
                 self._trace(step - start)
                 self.clock.resume()
@@ -121,9 +121,9 @@ class Loop:
                 self.pending = step, metrics
             self.checkpoints.wait()
         placed.close()
-        if stopped and not last:
+        if preempted and not last:
             folder = self.checkpoints.directory.parent
-            say(f"stopped by {stop.name} after step {step}/{config.steps}; go on with --resume {folder}")
+            say(f"stopped by {preemption.name} after step {step}/{config.steps}; go on with --resume {folder}")
         if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
             say(f"peak memory: {peak / 2**30:.1f} GiB a device")
         return val_loss

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, as a cluster sends before it takes a machine away, or Ctrl-C."""
+"""Preemption: SIGTERM, as a cluster sends before it takes a machine away, or Ctrl-C."""
 
 import signal
 from types import FrameType, TracebackType
@@ -9,11 +9,11 @@ from . import distributed
 LEAD = 2
 """Steps that several processes still make once one of them was asked to stop. A process begins step n when step n - 2
 is over, in which all take part; so when one says that all stop before step n, none has begun a later one than n - 1."""
-AGREED_STEP = "jax_speedrun/stop_before_step"
+AGREED_STEP = "jax_speedrun/preempted_before_step"
 
 
-class StopRequest:
-    """Listens for SIGTERM and SIGINT while it is entered. Several processes stop after the same step, whoever is asked.
+class Preemption:
+    """Listen for SIGTERM and SIGINT while entered. Several processes stop after the same step, whoever is asked.
 
     A second SIGINT interrupts as usual. A second SIGTERM does nothing: clusters send it to
     the launcher and to its processes.
@@ -28,7 +28,7 @@ class StopRequest:
         self._agreed: int | None = None
 
     def reached(self, step: int) -> bool:
-        """Whether to stop before `step`, the same in all processes; to be asked before every step."""
+        """Return whether to stop before `step`, the same in all processes; to be asked before every step."""
         if not distributed.several():
             return self._asked
         if self._agreed is None:

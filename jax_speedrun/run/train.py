@@ -16,7 +16,7 @@ from .checkpoint import Checkpoints
 from .lock import locked
 from .log import RunLog, StepClock
 from .loop import TRACED_STEPS, Loop, compile_functions
-from .program_cache import ProgramStore
+from .program_cache import ProgramCache
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     resume: bool = False,
     resume_step: int | None = None,
     profile: bool = False,
-    store: ProgramStore | None = None,
+    programs: ProgramCache | None = None,
 ) -> float:
     """Train, and write the run's folder `out`. All processes of a run call this alike; the first one writes.
 
@@ -39,7 +39,7 @@ def train(
       out: the run's folder; with `resume`, one that holds a checkpoint.
       resume: go on from a checkpoint, the last one or that of `resume_step`; what the folder has of later steps goes.
       profile: trace some steps of the first process into `out`/profile.
-      store: where compiled programs are kept between runs.
+      programs: where compiled ones are kept between runs.
 
     Returns:
       The last validation loss; nan if a signal stopped the run before the first.
@@ -70,7 +70,7 @@ def train(
     with contextlib.ExitStack() as folder:
         log = None
         with distributed.together():
-            if distributed.is_first():
+            if distributed.is_main_process():
                 folder.enter_context(locked(out))
                 if start is not None:
                     checkpoint.verify(out, start)
@@ -90,19 +90,19 @@ def train(
         program = make_program(config, mesh)
         tokens, targets, weights = (distributed.place(split, total, rows) for rows in held_out)
         validation = tokens, targets, weights
-        functions = compile_functions(program, config, mesh, validation, store)
+        functions = compile_functions(program, config, mesh, validation, programs)
         if start is None:
             state = functions.init(np.uint32(config.seed))
         else:
             state = program.from_checkpoint(checkpoints.restore(start, program.saved))
         clock = StepClock(**metadata.get("clock", {}))
-        trace = out / "profile" if profile and distributed.is_first() else None
+        trace = out / "profile" if profile and distributed.is_main_process() else None
         loop = Loop(config, mesh, program, functions, log, checkpoints, clock, trace)
         return loop.run(state, batches, validation, start)
 
 
 def _validation(config: Config, data: Path, split: NamedSharding) -> tuple[int, tuple[Rows, Rows, np.ndarray]]:
-    """The validation set, filled up to a multiple of the devices with copies of its first sequence that weigh nothing.
+    """Return the validation set, filled up to a multiple of the devices with copies of its first sequence of no weight.
 
     Returns:
       The number of sequences, and this process's rows of tokens_NT, targets_NT and weights_N.

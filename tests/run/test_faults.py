@@ -17,7 +17,7 @@ from jax_speedrun.data.batches import read_shard, write_shard
 from jax_speedrun.errors import UsageError
 from jax_speedrun.run import checkpoint
 from jax_speedrun.run.lock import locked
-from tests.scripts import load_script
+from jax_speedrun.tools import train as command
 from tests.small_run import (
     complete_checkpoints,
     finish,
@@ -69,7 +69,7 @@ def launch(data, cache, tmp_path):
 
 def refused(capsys, *arguments):
     """What the script, called in this process, says as it refuses."""
-    assert load_script("train").main([str(argument) for argument in arguments]) == 2
+    assert command.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
 
 
@@ -80,7 +80,8 @@ def require_sound(out, *, at_least=0):
     checkpoint.verify(out, step)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_killed_at_random_moments_and_resumed(kills, launch, uninterrupted, tmp_path):
     """kill -9, each time a dozen steps further on; every third time while a checkpoint is being written.
 
@@ -115,9 +116,8 @@ def test_killed_at_random_moments_and_resumed(kills, launch, uninterrupted, tmp_
     assert writing() == set()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_saves_and_ends_the_run(number, launch, uninterrupted, tmp_path):
     out = tmp_path / "run"
     process = launch("--checkpoint-every", 0)
@@ -160,6 +160,7 @@ def fill(path):
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_full_disk(small_disk, launch, uninterrupted):
     """Room for the log is left, but not for a checkpoint; the same run goes on when there is room again."""
     out, filler = small_disk / "run", small_disk / "filler"
@@ -191,9 +192,9 @@ def replace(shard):
     write_shard(shard, read_shard(shard)[::-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [(truncate, "went from 61,024 to 11,024 bytes"), pytest.param(replace, "was replaced", marks=pytest.mark.slow)],
+    ("change", "reason"), [(truncate, "went from 61,024 to 11,024 bytes"), (replace, "was replaced")]
 )
 def test_a_shard_that_changes_during_training(change, reason, data, launch, uninterrupted, tmp_path):
     out, own = tmp_path / "run", Path(shutil.copytree(data, tmp_path / "data"))
@@ -216,6 +217,7 @@ def flip(path, where):
     path.write_bytes(raw)
 
 
+@pytest.mark.slow
 class TestDamagedCheckpoint:
     @pytest.fixture
     def out(self, uninterrupted, tmp_path):
@@ -264,7 +266,6 @@ class TestDamagedCheckpoint:
         error = refused(capsys, "--resume", out, "--data", data, "--mesh", 1)
         assert "no earlier one is whole: start the run anew" in error
 
-    @pytest.mark.slow
     def test_going_on_from_the_one_before(self, launch, uninterrupted, out):
         flip(out / "checkpoints" / str(STEPS) / "manifest.txt", 500)
         finish(launch("--resume-step", 100, out=out, resume=True))
@@ -283,6 +284,7 @@ class TestDamagedCheckpoint:
 
 
 class TestTwoRunsInOneFolder:
+    @pytest.mark.slow
     def test_the_second_is_refused(self, data, launch, tmp_path, capsys):
         out = tmp_path / "run"
         process = launch(steps=2000)

@@ -13,7 +13,7 @@ import pytest
 
 from jax_speedrun.data.batches import TINY_DATA
 from jax_speedrun.run import checkpoint
-from tests.scripts import load_script
+from jax_speedrun.tools import train as command
 from tests.small_run import (
     ROOT,
     complete_checkpoints,
@@ -60,7 +60,8 @@ def require_same_losses(got, want, tolerance):
     assert values(got)[last].val_loss == pytest.approx(values(want)[last].val_loss, rel=tolerance)
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 8), pytest.param(8, 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 8), (8, 8)])
 def test_any_number_of_processes_gives_the_same_losses(processes, devices, data, cache, alone, tmp_path):
     out = tmp_path / "run"
     said = [
@@ -116,7 +117,8 @@ def pair(data, cache, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_one_is_killed(victim, pair, tmp_path):
     pair[victim].kill()
     killed = time.monotonic()
@@ -195,7 +197,7 @@ def free_port():
     ],
 )
 def test_options_that_cannot_be(options, mentions, capsys):
-    assert load_script("train").main([str(option) for option in options]) == 2
+    assert command.main([str(option) for option in options]) == 2
     error = capsys.readouterr().err
     assert mentions in error
     assert error.count("\n") == 1
@@ -207,13 +209,13 @@ def test_a_port_that_is_taken(capsys):
         taken.listen()
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         options = ["--coordinator", where, "--processes", "2", "--process-id", "0"]
-        assert load_script("train").main(options) == 2
+        assert command.main(options) == 2
     assert f"--coordinator {where}: Address already in use" in capsys.readouterr().err
 
 
 def test_processes_that_do_not_come(tmp_path):
     program = f"""
-from jax_speedrun import distributed
+from jax_speedrun.run import distributed
 distributed.JOIN_SECONDS = 2
 distributed.start("127.0.0.1:{free_port()}", 2, 0, None)
 """

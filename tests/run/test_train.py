@@ -16,8 +16,8 @@ from jax_speedrun.config import (
     Config,
     ModelConfig,
     OptimizerConfig,
+    cache_key,
     from_dict,
-    made_from,
     recipe_differences,
     resolve,
     to_dict,
@@ -25,12 +25,11 @@ from jax_speedrun.config import (
 from jax_speedrun.data.batches import write_shard
 from jax_speedrun.run import checkpoint
 from jax_speedrun.run.loop import DivergedError, Loop
-from jax_speedrun.run.program_cache import ProgramStore
+from jax_speedrun.run.program_cache import ProgramCache
 from jax_speedrun.run.train import train
 from jax_speedrun.sharding import make_mesh
 from jax_speedrun.step import make_program
-from jax_speedrun.tools.plan import describe
-from tests.scripts import load_script
+from jax_speedrun.tools import train as command
 
 VOCABULARY = 1024
 START = VOCABULARY - 1  # of a document, in a vocabulary too small for GPT-2's
@@ -155,7 +154,9 @@ class TestWholeRun:
         assert rates[19] == pytest.approx(0.05 * (0.125 + 0.875 * 0.1), rel=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_any_mesh_gives_the_same_losses(devices, data, reference_run, tmp_path):
     run(dataclasses.replace(CONFIG, checkpoint_every=0), devices, data, tmp_path / "run")
     got, want = losses(tmp_path / "run"), losses(reference_run[0])
@@ -199,6 +200,7 @@ class TestResume:
         (out / "checkpoints" / "15.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         assert checkpoint.latest(out)[0] == 10
 
+    @pytest.mark.slow
     def test_on_other_devices(self, data, reference_run, out):
         run(CONFIG, 4, data, out, resume=True)
         np.testing.assert_allclose(losses(out), losses(reference_run[0]), rtol=1e-4)
@@ -225,13 +227,14 @@ def test_programs_are_kept_by_what_they_come_from():
     other = dict(preset="other", seed=7, epochs=3, checkpoint_every=2, validation_every=9, validation_tokens=512)
     assert other.keys() == HOST_FIELDS
     changed = dataclasses.replace(CONFIG, **other)
-    assert made_from(changed) == made_from(CONFIG)
+    assert cache_key(changed) == cache_key(CONFIG)
     assert text(changed) == text(CONFIG)
     for name, value in vars(CONFIG).items():
-        assert name in HOST_FIELDS or repr(value) in made_from(CONFIG)
-    assert made_from(dataclasses.replace(CONFIG, steps=30)) != made_from(CONFIG)
+        assert name in HOST_FIELDS or repr(value) in cache_key(CONFIG)
+    assert cache_key(dataclasses.replace(CONFIG, steps=30)) != cache_key(CONFIG)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
     from jax_speedrun.run import train as module
 
@@ -272,6 +275,7 @@ def test_the_step_is_donated_and_pure(data):
     assert all(donated)
 
 
+@pytest.mark.slow
 def test_profile_leaves_a_trace_and_the_losses_as_they_are(data, reference_run, tmp_path, capsys):
     run(CONFIG, 1, data, tmp_path / "run", profile=True)
     assert list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))
@@ -279,24 +283,25 @@ def test_profile_leaves_a_trace_and_the_losses_as_they_are(data, reference_run, 
     assert losses(tmp_path / "run") == losses(reference_run[0])
 
 
+@pytest.mark.slow
 def test_a_later_run_finds_its_programs_compiled(data, tmp_path, monkeypatch):
     (tmp_path / "programs").mkdir()
-    store = ProgramStore(tmp_path / "programs", jax.devices()[:1])
+    programs = ProgramCache(tmp_path / "programs", jax.devices()[:1])
     # Of a size that no other test has compiled.
     config = dataclasses.replace(CONFIG, steps=17, model=dataclasses.replace(CONFIG.model, mlp_width=40))
-    run(config, 1, data, tmp_path / "first", store=store)
-    assert len(list(store.folder.glob("*.program"))) == 3
+    run(config, 1, data, tmp_path / "first", programs=programs)
+    assert len(list(programs.folder.glob("*.program"))) == 3
 
     def lowered(program):
         raise AssertionError("lowered again")
 
     monkeypatch.setattr("jax_speedrun.run.compilation.kernel_calls", lowered)
-    run(config, 1, data, tmp_path / "second", store=store)
+    run(config, 1, data, tmp_path / "second", programs=programs)
     assert losses(tmp_path / "second") == losses(tmp_path / "first")
-    run(dataclasses.replace(config, seed=5), 1, data, tmp_path / "another seed", store=store)
+    run(dataclasses.replace(config, seed=5), 1, data, tmp_path / "another seed", programs=programs)
     assert losses(tmp_path / "another seed") != losses(tmp_path / "first")
     with pytest.raises(AssertionError, match="lowered again"):
-        run(dataclasses.replace(config, steps=16), 1, data, tmp_path / "other", store=store)
+        run(dataclasses.replace(config, steps=16), 1, data, tmp_path / "other", programs=programs)
 
 
 class TestBadInput:
@@ -307,7 +312,7 @@ class TestBadInput:
         arguments = [str(argument) for argument in arguments]
         if "--resume" not in arguments and "--out" not in arguments:
             arguments += ["--out", str(out)]
-        assert load_script("train").main(arguments) == 2
+        assert command.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("train.py: error: ")
         assert error.count("\n") == 1
@@ -401,41 +406,23 @@ class TestBadInput:
 
 
 def test_dry_run_compiles_and_writes_nothing(capsys, tmp_path, monkeypatch):
-    script = load_script("train")
-    monkeypatch.setattr(script, "train", None)
+    monkeypatch.setattr(command, "train", None)
     monkeypatch.chdir(tmp_path)
     for preset, words in (("tiny", ["16.4 M", "8,192 a step"]), ("sub3min", ["275.6 M", "726,138,880"])):
-        assert script.main(["--preset", preset, "--mesh", "8", "--dry-run"]) == 0
+        assert command.main(["--preset", preset, "--mesh", "8", "--dry-run"]) == 0
         printed = capsys.readouterr().out
         for word in (*words, "8 x cpu", "GiB", "reduce-scatter", "all-gather"):
             assert word in printed
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("version", "attention", "warns"),
-    [
-        ("0.11.2", "hopper", False),
-        ("0.12.0.1", "hopper", True),
-        ("0.12.0.1", "xla", False),
-        ("0.12.1", "hopper", False),
-    ],
-)
-def test_plan_warns_of_a_jax_that_slows_the_kernels(monkeypatch, version, attention, warns):
-    monkeypatch.setattr(jax, "__version__", version)
-    plan = describe(dataclasses.replace(CONFIG, attention=attention), make_mesh(1, CONFIG.sequences))
-    assert (f"note:       jax {version} compiles" in plan) == warns
-    assert ("pip install 'jax[cuda13]==0.11.2'" in plan) == warns
-
-
 def test_compiled_programs_are_kept_in_the_users_folder(tmp_path, monkeypatch):
-    script = load_script("train")
-    monkeypatch.setattr(script, "train", lambda *_, **__: None)
+    monkeypatch.setattr(command, "train", lambda *_, **__: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert script.main(["--preset", "tiny", "--mesh", "1"]) == 0
+        assert command.main(["--preset", "tiny", "--mesh", "1"]) == 0
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax_speedrun")
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])

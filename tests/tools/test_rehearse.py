@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jax_speedrun.data.batches import END_OF_TEXT, write_shard
+from jax_speedrun.data.batches import write_shard
+from jax_speedrun.kernels.block_mask import DOCUMENT_START
 from jax_speedrun.tools import rehearse as script
 
 TRAIN = """
@@ -38,7 +39,7 @@ def rehearse(tmp_path, monkeypatch):
     (tmp_path / "torch" / "distributed" / "run.py").write_text(LAUNCHER)
     data = tmp_path / "data"
     data.mkdir()
-    write_shard(data / "text_train_000001.bin", np.full(2 * 8 * 65536 + 1, END_OF_TEXT))
+    write_shard(data / "text_train_000001.bin", np.full(2 * 8 * 65536 + 1, DOCUMENT_START))
 
     def install(drift):
         scripts.mkdir()

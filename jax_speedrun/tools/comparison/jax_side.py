@@ -14,14 +14,14 @@ import optax
 from jax import Array
 from jax.stages import Compiled, Wrapped
 
-from ...config import ATTENTION_SCALE, from_dict, made_from, peak_flops, resolve
+from ...config import ATTENTION_SCALE, cache_key, from_dict, peak_flops, resolve
 from ...kernels.attention import block_sparse_attention
 from ...kernels.block_mask import long_short_masks
 from ...kernels.head import fp8_supported, head_loss
 from ...kernels.implementation import slow_kernels_note
 from ...optimizer import recipe_optimizer
 from ...run.compilation import Call, compile_together
-from ...run.program_cache import store_for
+from ...run.program_cache import cache_for
 from ...sharding import compiler_options, make_mesh, replicate, split_sequences
 from ...step import Params, TrainState, loss_function, make_program
 
@@ -53,7 +53,7 @@ class JaxSide:
         self._compiled: dict[Wrapped, Compiled] = {}
         self._ahead = self._needed(job)
         cache = jax.config.jax_compilation_cache_dir
-        self._store = store_for(self.mesh, Path(cache) if cache else None)
+        self._cache = cache_for(self.mesh, Path(cache) if cache else None)
 
     @property
     def state(self) -> TrainState:
@@ -159,7 +159,7 @@ class JaxSide:
         if function not in self._compiled:
             calls = {call.function: call for call in (*self._ahead, Call(function, arguments))}
             self._ahead = []
-            programs = compile_together(*calls.values(), store=self._store, made_from=made_from(self.config))
+            programs = compile_together(*calls.values(), cache=self._cache, cache_key=cache_key(self.config))
             self._compiled.update(zip(calls, programs, strict=True))
         return self._compiled[function](*arguments)
 

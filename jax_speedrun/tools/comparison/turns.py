@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ...config import Config, to_dict
-from ...data.batches import END_OF_TEXT, TokenBatches, find_shards, validation_sequences
+from ...data.batches import TokenBatches, find_shards, validation_sequences
 from ...errors import UsageError
+from ...kernels.block_mask import DOCUMENT_START
 from .worker import save_arrays
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,8 +149,8 @@ def write_inputs(path: Path, config: Config, data: Path, batches: int, *, cut: b
         generator = np.random.default_rng(0)
         ends = np.cumsum(np.exp(generator.normal(np.log(DOCUMENT_MEDIAN), DOCUMENT_SIGMA, tokens.size // 100)))
         starts = ends[ends < tokens.size - 1].astype(int) + 1
-        tokens.reshape(-1)[starts] = END_OF_TEXT
-        targets.reshape(-1)[starts - 1] = END_OF_TEXT
+        tokens.reshape(-1)[starts] = DOCUMENT_START
+        targets.reshape(-1)[starts - 1] = DOCUMENT_START
     arrays = {"tokens": tokens, "targets": targets}
     if validation:
         arrays["val_tokens"], arrays["val_targets"] = validation_sequences(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jax_speedrun.config import PRESETS
-from jax_speedrun.data.batches import END_OF_TEXT, TINY_DATA
+from jax_speedrun.data.batches import TINY_DATA
+from jax_speedrun.kernels.block_mask import DOCUMENT_START
 from jax_speedrun.errors import UsageError
 from jax_speedrun.tools.comparison import turns
 from jax_speedrun.tools.comparison.worker import load_arrays
@@ -63,10 +64,10 @@ def test_inputs_are_text_cut_into_documents(tmp_path):
     assert arrays["tokens"].shape == (40, 1024)
     assert arrays["val_tokens"].shape == arrays["val_targets"].shape == (3, 1024)
     np.testing.assert_array_equal(tokens[1:], targets[:-1])
-    lengths = np.diff(np.flatnonzero(tokens == END_OF_TEXT))
+    lengths = np.diff(np.flatnonzero(tokens == DOCUMENT_START))
     assert 200 < np.median(lengths) < 600
     turns.write_inputs(tmp_path / "same.npz", TINY, TINY_DATA, 3, cut=False, validation=0)
     plain = load_arrays(tmp_path / "same.npz")
-    assert (plain["tokens"] == END_OF_TEXT).sum() <= 3
+    assert (plain["tokens"] == DOCUMENT_START).sum() <= 3
     agree = plain["tokens"] == arrays["tokens"][:3]
-    assert (agree | (arrays["tokens"][:3] == END_OF_TEXT)).all()
+    assert (agree | (arrays["tokens"][:3] == DOCUMENT_START)).all()
