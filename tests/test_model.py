@@ -141,7 +141,7 @@ def test_the_scale_of_a_norm_is_known(monkeypatch):
         return jax.vjp(lambda x_TD: rstd(x_TD, epsilon), x_TD)[1](d_scale_T)
 
     counted.defvjp(lambda x_TD, epsilon: (counted(x_TD, epsilon), x_TD), backward)
-    monkeypatch.setattr("jax_speedrun.model.inverse_rms", counted)
+    monkeypatch.setattr("jax_speedrun.model.rstd", counted)
     graph, params, tokens, targets = setup()
 
     def loss(params):

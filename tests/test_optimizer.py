@@ -10,7 +10,8 @@ import optax
 import pytest
 from jax import Array
 
-from jax_speedrun.optimizer import momentum_schedule, muon, newton_schulz
+from jax_speedrun import schedules
+from jax_speedrun.optimizer import muon, newton_schulz
 from tests.numpy_optimizer import (
     Float,
     normal,
@@ -132,7 +133,7 @@ def test_muon_follows_the_float64_version(nesterov: bool) -> None:
         return 0.85 * (1 - f) + 0.95 * f
 
     transform = muon(
-        lambda step: 0.05 / (1 + step), lambda step: momentum_schedule(step, 5), nesterov=nesterov, dtype=jnp.float32
+        lambda step: 0.05 / (1 + step), lambda step: schedules.momentum(step, 5), nesterov=nesterov, dtype=jnp.float32
     )
     updates = run(transform, zeros(), [to_float32(g) for g in gradients])
     for name, shape in SHAPES.items():

@@ -1,25 +1,15 @@
-"""Adam, the schedules and the groups: everything of the optimiser that is not Muon itself."""
+"""Adam and the groups: everything of the optimiser that is not Muon itself."""
 
-import math
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from jax_speedrun.config import OptimizerConfig
-from jax_speedrun.optimizer import (
-    adam,
-    learning_rate_factor,
-    momentum_schedule,
-    parameter_labels,
-    recipe_optimizer,
-    window_blocks,
-)
+from jax_speedrun.optimizer import adam, parameter_labels, recipe_optimizer
 from tests.numpy_optimizer import (
     Float,
     normal,
@@ -76,50 +66,6 @@ def test_adam_on_bfloat16_rounds_only_what_it_stores() -> None:
 def test_adam_leaves_untouched_rows_alone() -> None:
     (update,) = run(adam(0.6), jnp.ones((3, 4), jnp.bfloat16), [jnp.zeros((3, 4), jnp.bfloat16)])
     np.testing.assert_array_equal(update, 0)
-
-
-# --- Schedules --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1385, 1393])
-def test_learning_rate_factor(steps: int) -> None:
-    traced = jax.jit(learning_rate_factor, static_argnums=1)
-    for step in range(0, steps + 1, 7):
-        t = 1 - Fraction(step, steps)
-        w = min(t / Fraction(2, 5), Fraction(1))
-        expected = float(w + (1 - w) / 10)
-        assert float(learning_rate_factor(step, steps)) == pytest.approx(expected, rel=1e-5)
-        assert float(traced(step, steps)) == pytest.approx(expected, rel=1e-5)
-    assert float(learning_rate_factor(0, steps)) == 1
-    assert float(learning_rate_factor(steps * 3 // 5, steps)) == pytest.approx(1, rel=1e-5)
-    assert float(learning_rate_factor(steps, steps)) == pytest.approx(0.1, rel=1e-5)
-
-
-def test_momentum_schedule() -> None:
-    traced = jax.jit(lambda step: momentum_schedule(step, 300))
-    for step, expected in [(0, 0.85), (3, 0.851), (150, 0.9), (300, 0.95), (1385, 0.95)]:
-        assert float(momentum_schedule(step, 300)) == pytest.approx(expected, rel=1e-6)
-        assert float(traced(step)) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("steps", [1385, 1393])
-def test_window_blocks_at_every_step(steps: int) -> None:
-    every_step = jnp.arange(steps + 1)
-    windows = jax.jit(window_blocks, static_argnums=(1, 2))(every_step, steps, 1728)
-    assert windows.dtype == jnp.int32
-    expected = [max(1, math.ceil(Fraction(1728 * step, steps) / 128)) for step in range(steps + 1)]
-    np.testing.assert_array_equal(windows, expected)
-    assert (expected[0], expected[-1]) == (1, 14)
-
-
-def test_window_blocks_takes_python_and_traced_numbers_alike() -> None:
-    traced = jax.jit(window_blocks)
-    for step, steps in [(0, 1385), (1, 1385), (102, 1385), (103, 1385), (1385, 1385), (1_000_000, 1_000_000)]:
-        plain = window_blocks(step, steps, 1728)
-        assert plain.dtype == jnp.int32
-        assert plain.shape == ()
-        assert int(plain) == int(traced(step, steps, 1728)) == max(1, math.ceil(Fraction(27 * step, 2 * steps)))
-    assert int(window_blocks(10, 10, final_window_tokens=512)) == 4
 
 
 # --- The recipe's groups ----------------------------------------------------------

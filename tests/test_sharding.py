@@ -25,7 +25,7 @@ from tests.numpy_optimizer import normal
 FLOAT32_RATES = OptimizerConfig(newton_schulz_dtype="float32", update_dtype="float32", momentum_warmup_steps=3)
 
 # Every part of the recipe, few numbers: 49 table rows and 12 squares do not fill 8 devices evenly. The scalars stand
-# still: noise decides their first step on any machine (docs/performance.md), and with it the losses' fourth digit.
+# still: noise decides their first step on any machine (docs/lab-book.md), and with it the losses' fourth digit.
 SMALL = Config(
     "small",
     model=dataclasses.replace(

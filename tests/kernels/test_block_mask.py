@@ -21,6 +21,7 @@ from jax_speedrun.kernels.block_mask import (
     long_short_masks,
     visible_pairs,
 )
+from tests.marks import slow
 
 BATCH = 50
 LENGTHS = [BLOCK_SIZE, 3 * BLOCK_SIZE, 5 * BLOCK_SIZE, 8 * BLOCK_SIZE]
@@ -136,7 +137,7 @@ def check_all(layouts: list[np.ndarray], windows: list[int]) -> None:
             check(tokens_T, window // 2, short, short_pairs)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS[:2], *map(slow, LENGTHS[2:])])
 def test_random_layouts_match_brute_force(length: int) -> None:
     rng = np.random.default_rng(length)
     blocks = length // BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: walks against brute force, kernel bodies in the interpreter, lowering for CUDA.
+"""The Hopper kernels without a GPU: schedules against brute force, kernel bodies in the interpreter, lowering for CUDA.
 
 The interpreter takes a second or two for each run of the three kernels, so a few masks with many kinds of
 rows go through it, and several hundred through the packed lists that decide what the kernels look at.
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jax_speedrun.kernels.attention import block_sparse_attention, unsupported
 from jax_speedrun.kernels.attention.hopper import hopper_attention
 from jax_speedrun.kernels.attention.schedule import (
     DOCUMENTS_BIT,
@@ -26,8 +27,10 @@ from jax_speedrun.kernels.attention.schedule import (
     assign_tiles,
     build_schedule,
 )
-from jax_speedrun.kernels.block_mask import BlockMask, long_short_masks
-from jax_speedrun.kernels.hopper.config import BLOCK, HALF
+from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
+from jax_speedrun.kernels.hopper.config import WARPGROUP_ROWS
+from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
+from tests.devices import B200, H100
 from tests.numpy_attention import dense_attention, random_mask
 
 SCALE = 0.12
@@ -39,10 +42,15 @@ traces: list[tuple[int, ...]] = []
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def interpreted(q, k, v, d_output, mask, scale=SCALE):
+def output_and_gradients(q, k, v, d_output, mask, scale):
     traces.append(q.shape)  # runs when traced, so once a compilation
-    output, pull = jax.vjp(lambda q, k, v: hopper_attention(q, k, v, mask, scale=scale, interpret=True), q, k, v)
+    output, pull = jax.vjp(lambda q, k, v: hopper_attention(q, k, v, mask, scale=scale), q, k, v)
     return output, *pull(d_output)
+
+
+def interpreted(q, k, v, d_output, mask, scale=SCALE):
+    with interpret_kernels():
+        return output_and_gradients(q, k, v, d_output, mask, scale)
 
 
 def random_inputs(rng, *shape):
@@ -67,20 +75,22 @@ def tokens_with_documents(rng, length, documents):
     return jnp.asarray(tokens, jnp.int32)
 
 
-def walked(walk, documents, by_key):
-    """The token-level pairs that the kernels use when they follow `walk`, in plain NumPy."""
-    walk, position = np.asarray(walk), np.arange(len(documents))
+def half_block(block, half):
+    start = block * BLOCK_SIZE + half * WARPGROUP_ROWS
+    return slice(start, start + WARPGROUP_ROWS)
+
+
+def visited_pairs(table, documents, by_key):
+    """The token-level pairs that the kernels use when they follow a schedule's table, in plain NumPy."""
+    table, position = np.asarray(table), np.arange(len(documents))
     visible = np.zeros((len(documents),) * 2, bool)
-    for row, count, *entries in walk:
+    for row, count, *entries in table:
         for entry in entries[:count]:
             query_block, key_block = (entry >> ENTRY_BITS, row) if by_key else (row, entry >> ENTRY_BITS)
             for query_half in range(2):
                 for key_half in range(2):
-                    queries = slice(
-                        query_block * BLOCK + query_half * HALF, query_block * BLOCK + (query_half + 1) * HALF
-                    )
-                    keys = slice(key_block * BLOCK + key_half * HALF, key_block * BLOCK + (key_half + 1) * HALF)
-                    seen = np.full((HALF, HALF), bool(entry >> (2 * query_half + key_half) & 1))
+                    queries, keys = half_block(query_block, query_half), half_block(key_block, key_half)
+                    seen = np.full((WARPGROUP_ROWS, WARPGROUP_ROWS), bool(entry >> (2 * query_half + key_half) & 1))
                     if entry >> DOCUMENTS_BIT & 1:
                         seen &= documents[queries, None] == documents[keys]
                     if entry >> POSITIONS_BIT & 1:
@@ -90,39 +100,40 @@ def walked(walk, documents, by_key):
     return visible
 
 
-jitted_walks = jax.jit(build_schedule)
+jitted_schedule = jax.jit(build_schedule)
 
 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0, 1), boundary=st.sampled_from([0.0, 0.002, 0.02, 0.5]))
-def test_walks_hold_exactly_the_visible_pairs(seed, density, boundary):
+def test_a_schedule_holds_exactly_the_visible_pairs(seed, density, boundary):
     rng = np.random.default_rng(seed)
-    mask, _ = random_mask(rng, blocks=4, block_size=BLOCK, density=density)
-    documents = np.cumsum(rng.random(4 * BLOCK) < boundary)
+    mask, _ = random_mask(rng, blocks=4, block_size=BLOCK_SIZE, density=density)
+    documents = np.cumsum(rng.random(4 * BLOCK_SIZE) < boundary)
     if seed % 3 == 0:  # the mask does not promise that ids only grow
         documents = rng.permutation(documents)
     mask = dataclasses.replace(mask, documents=jnp.asarray(documents, jnp.int32))
-    walks, want = jitted_walks(mask), np.asarray(mask.dense())
-    np.testing.assert_array_equal(walked(walks.by_query, documents, by_key=False), want)
-    np.testing.assert_array_equal(walked(walks.by_key, documents, by_key=True), want)
-    for walk in (walks.by_query, walks.by_key):
-        assert sorted(np.asarray(walk)[:, 0]) == list(range(4))
-        assert walk.shape == (4, HEADER + 4 + 1)
+    schedule, want = jitted_schedule(mask), np.asarray(mask.dense())
+    np.testing.assert_array_equal(visited_pairs(schedule.by_query, documents, by_key=False), want)
+    np.testing.assert_array_equal(visited_pairs(schedule.by_key, documents, by_key=True), want)
+    for table in (schedule.by_query, schedule.by_key):
+        assert sorted(np.asarray(table)[:, 0]) == list(range(4))
+        assert table.shape == (4, HEADER + 4 + 2)
 
 
 @given(st.integers(1, 5000), st.integers(1, 200))
-def test_shares_take_every_tile_once(tiles, multiprocessors):
+def test_every_tile_is_assigned_once(tiles, multiprocessors):
     taken = [first + stride * i for first, stride, count in assign_tiles(tiles, multiprocessors) for i in range(count)]
     assert sorted(taken) == list(range(tiles))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [0, 1])  # one for each core
 @settings(max_examples=KERNEL_CASES // 2, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0.2, 1))
 def test_random_lists(half, seed, density):
     rng = np.random.default_rng(seed)
-    mask, visible = random_mask(rng, BLOCKS, BLOCK, density)
-    inputs = random_inputs(rng, BLOCKS * BLOCK, HEADS, WIDTH)
+    mask, visible = random_mask(rng, BLOCKS, BLOCK_SIZE, density)
+    inputs = random_inputs(rng, BLOCKS * BLOCK_SIZE, HEADS, WIDTH)
     assert_close(interpreted(*inputs, mask), inputs, visible)
 
 
@@ -131,23 +142,24 @@ def test_rows_that_see_nothing():
     rng = np.random.default_rng(0)
     none, one = jnp.zeros(BLOCKS, jnp.int32), jnp.array([0, 1], jnp.int32)
     first_key_block = jnp.zeros((BLOCKS, BLOCKS), jnp.int32)
-    documents = jnp.where(jnp.arange(2 * BLOCK) < 250, 0, 1) * (jnp.arange(2 * BLOCK) >= BLOCK)
-    documents = documents.at[: BLOCK // 2].set(3)  # queries 128..249 see keys 64..127, the last six see none
+    documents = jnp.where(jnp.arange(2 * BLOCK_SIZE) < 250, 0, 1) * (jnp.arange(2 * BLOCK_SIZE) >= BLOCK_SIZE)
+    documents = documents.at[: BLOCK_SIZE // 2].set(3)  # queries 128..249 see keys 64..127, the last six see none
     mask = BlockMask(one, first_key_block, none, first_key_block, documents.astype(jnp.int32))
-    inputs = random_inputs(rng, BLOCKS * BLOCK, HEADS, WIDTH)
+    inputs = random_inputs(rng, BLOCKS * BLOCK_SIZE, HEADS, WIDTH)
     output, dq, dk, dv = interpreted(*inputs, mask)
     assert_close((output, dq, dk, dv), inputs, np.asarray(mask.dense()))
-    for blind in (slice(0, BLOCK), slice(250, 256)):
+    for blind in (slice(0, BLOCK_SIZE), slice(250, 256)):
         assert not np.asarray(output[blind]).any()
         assert not np.asarray(dq[blind]).any()
-    assert not np.asarray(dk[BLOCK:]).any()
-    assert not np.asarray(dv[: BLOCK // 2]).any()
+    assert not np.asarray(dk[BLOCK_SIZE:]).any()
+    assert not np.asarray(dv[: BLOCK_SIZE // 2]).any()
 
 
+@pytest.mark.slow
 def test_windows_compile_once_and_repeat_to_the_bit():
     rng = np.random.default_rng(2)
-    tokens = tokens_with_documents(rng, BLOCKS * BLOCK, 2)
-    inputs = random_inputs(rng, BLOCKS * BLOCK, HEADS, WIDTH)
+    tokens = tokens_with_documents(rng, BLOCKS * BLOCK_SIZE, 2)
+    inputs = random_inputs(rng, BLOCKS * BLOCK_SIZE, HEADS, WIDTH)
     results, compiled = None, []
     for window in (1, 1, 2, 2):
         mask, _ = long_short_masks(tokens, window)
@@ -160,15 +172,19 @@ def test_windows_compile_once_and_repeat_to_the_bit():
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
 
 
+@pytest.mark.slow
 def test_head_width_128_and_another_scale():
     rng = np.random.default_rng(3)
-    mask, _ = long_short_masks(tokens_with_documents(rng, 2 * BLOCK, 3), 2)
-    inputs = random_inputs(rng, 2 * BLOCK, 1, 128)
+    mask, _ = long_short_masks(tokens_with_documents(rng, 2 * BLOCK_SIZE, 3), 2)
+    inputs = random_inputs(rng, 2 * BLOCK_SIZE, 1, 128)
     assert_close(interpreted(*inputs, mask, scale=0.05), inputs, np.asarray(mask.dense()), scale=0.05)
 
 
+SUPPORTED = {"dtype": "bfloat16", "head_width": 64, "block_size": BLOCK_SIZE, "scale": SCALE}
+
+
 def mask_of(length):
-    blocks = length // BLOCK
+    blocks = length // BLOCK_SIZE
     counts, indices, documents = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((blocks,), (blocks, blocks), (length,))
     )
@@ -203,8 +219,8 @@ def test_lowers_in_a_sharded_batch_with_rematerialisation():
         specs = (P("data"),) * 4 + (P(),)
         return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*args)
 
-    q = jax.ShapeDtypeStruct((4, 2 * BLOCK, 2, 64), jnp.bfloat16)
-    tokens, window = jax.ShapeDtypeStruct((4, 2 * BLOCK), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    q = jax.ShapeDtypeStruct((4, 2 * BLOCK_SIZE, 2, 64), jnp.bfloat16)
+    tokens, window = jax.ShapeDtypeStruct((4, 2 * BLOCK_SIZE), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, q, q, tokens, window).lower(lowering_platforms=("cuda",))
     # The checkpoint runs the forward kernel again in the backward pass, whose first run then has no reader.
     assert "block_sparse_attention_dkv" in lowered.as_text()
@@ -213,16 +229,31 @@ def test_lowers_in_a_sharded_batch_with_rematerialisation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 32}, "head widths"),
-        ({"dtype": jnp.float32}, "bfloat16"),
-        ({"mask_length": 512}, "same T"),
-        ({"block_size": 64}, "blocks of 128"),
-        ({"scale": -1.0}, "scale > 0"),
+        ({"head_width": 32}, "a head width of 64 or 128, got 32"),
+        ({"dtype": jnp.float32}, "bfloat16 q, k and v, got float32"),
+        ({"block_size": 64}, "a mask in blocks of 128, got blocks of 64"),
+        ({"scale": -1.0}, r"scale > 0, got -1.0 \(negate q\)"),
     ],
 )
 def test_what_is_not_supported_is_said(change, message):
-    case = {"width": 64, "dtype": jnp.bfloat16, "mask_length": 256, "block_size": BLOCK, "scale": SCALE} | change
-    q = jax.ShapeDtypeStruct((256, 1, case["width"]), case["dtype"])
-    mask = dataclasses.replace(mask_of(case["mask_length"]), block_size=case["block_size"])
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda q, mask: hopper_attention(q, q, q, mask, scale=case["scale"]), q, mask)
+    case = SUPPORTED | change
+    q = jax.ShapeDtypeStruct((256, 1, case["head_width"]), case["dtype"])
+    blocks = 256 // case["block_size"]
+    mask = jax.eval_shape(lambda: random_mask(np.random.default_rng(0), blocks, case["block_size"], 1.0)[0])
+
+    def attend(q, mask):
+        return block_sparse_attention(q, q, q, mask, scale=case["scale"], implementation="hopper")
+
+    whole = f"^block_sparse_attention: implementation 'hopper' needs {message}; use 'xla' or 'auto'"
+    with compiling_for_hopper(), pytest.raises(ValueError, match=whole):
+        jax.eval_shape(attend, q, mask)
+
+
+def test_auto_is_hopper_where_it_runs_and_fits():
+    def automatic(device, **change):
+        return choose("attention", "auto", lambda: unsupported(**SUPPORTED | change), device=device)
+
+    assert automatic(H100) == automatic(H100, head_width=128) == "hopper"
+    for change in ({"head_width": 96}, {"dtype": "float32"}, {"block_size": 64}, {"scale": 0.0}):
+        assert automatic(H100, **change) == "xla"
+    assert automatic(B200) == automatic(jax.devices("cpu")[0]) == "xla"

@@ -10,18 +10,18 @@ import pytest
 from jax_speedrun.kernels.attention.hopper_backward import Origin, backward_dkv, backward_dq
 from jax_speedrun.kernels.attention.hopper_forward import forward
 from jax_speedrun.kernels.attention.schedule import build_schedule
-from jax_speedrun.kernels.block_mask import BlockMask
-from jax_speedrun.kernels.hopper.config import BLOCK
+from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask
+from jax_speedrun.kernels.implementation import interpret_kernels
 from tests.numpy_attention import dense_attention, random_mask
 
 SCALE, BLOCKS, HEADS, WIDTH = 0.12, 2, 2, 128
-LENGTH = BLOCKS * BLOCK
+LENGTH = BLOCKS * BLOCK_SIZE
 ROTATED = WIDTH // 4
 BF16 = 2.0**-8  # the largest relative error of a rounding
 
 
 def heads_of(z_THK, rstd_T, cos_TR, sin_TR):
-    """q or k of its product, and the factor of each head and token."""
+    """q or k of its matmul's result, and the factor of each head and token."""
     y = z_THK * rstd_T[:, None, None]
     rms = jnp.sqrt(jnp.mean(y * y, axis=-1))
     n = (y / rms[..., None]).reshape(LENGTH, HEADS, 2, WIDTH // 2)
@@ -32,7 +32,7 @@ def heads_of(z_THK, rstd_T, cos_TR, sin_TR):
 
 
 class Case:
-    """Products, what comes of them, and an output gradient, all random."""
+    """Matmuls' results, what comes of them, and an output gradient, all random."""
 
     def __init__(self, rng):
         def normal(*shape):
@@ -47,7 +47,7 @@ class Case:
         self.q, self.k = (head.astype(jnp.bfloat16) for head, _ in heads)
         self.origins = [Origin(*self.angles, factor) for _, factor in heads]
 
-    def gradient_of_product(self, which, g):
+    def gradient_of_matmul(self, which, g):
         """By automatic differentiation."""
         _, pull = jax.vjp(lambda z: heads_of(z, self.rstd_T, *self.angles)[0], self.z[which])
         return np.asarray(pull(jnp.asarray(g, jnp.float32))[0], np.float64)
@@ -56,12 +56,13 @@ class Case:
 @jax.jit
 def kernels(q, k, v, d_output, mask, origins, rstd_T):
     """(dq, delta, dots), (dk, dv, dots, values); without origins fewer of them."""
-    walks = build_schedule(mask)
-    run = {"scale": SCALE, "interpret": True}
-    o, lse = forward(q, k, v, mask.documents, walks.by_query, **run)
+    schedule = build_schedule(mask)
+    o, lse = forward(q, k, v, mask.documents, schedule.by_query, scale=SCALE)
     of_q, of_k = origins
-    of_queries = backward_dq(q, k, v, o, d_output, lse, mask.documents, walks.by_query, of_q, **run)
-    of_keys = backward_dkv(q, k, v, d_output, lse, of_queries[1], mask.documents, walks.by_key, of_k, rstd_T, **run)
+    of_queries = backward_dq(q, k, v, o, d_output, lse, mask.documents, schedule.by_query, of_q, scale=SCALE)
+    of_keys = backward_dkv(
+        q, k, v, d_output, lse, of_queries[1], mask.documents, schedule.by_key, of_k, rstd_T, scale=SCALE
+    )
     return of_queries, of_keys
 
 
@@ -70,7 +71,7 @@ def wide(*arrays):
 
 
 def structured_mask(rng):
-    return random_mask(rng, BLOCKS, BLOCK, density=0.8)[0]
+    return random_mask(rng, BLOCKS, BLOCK_SIZE, density=0.8)[0]
 
 
 def blind_mask(rng):
@@ -78,23 +79,27 @@ def blind_mask(rng):
     none, one = jnp.zeros(BLOCKS, jnp.int32), jnp.array([0, 1], jnp.int32)
     indices = jnp.zeros((BLOCKS, BLOCKS), jnp.int32)
     position = jnp.arange(LENGTH)
-    documents = jnp.where(position < BLOCK // 2, 3, jnp.where((position < BLOCK) | (position >= 250), position, 0))
-    documents = jnp.where((position >= 32) & (position < BLOCK // 2), 0, documents)
+    documents = jnp.where(
+        position < BLOCK_SIZE // 2, 3, jnp.where((position < BLOCK_SIZE) | (position >= 250), position, 0)
+    )
+    documents = jnp.where((position >= 32) & (position < BLOCK_SIZE // 2), 0, documents)
     return BlockMask(one, indices, none, indices, documents.astype(jnp.int32))
 
 
-@pytest.mark.parametrize("make_mask", [structured_mask, pytest.param(blind_mask, marks=pytest.mark.slow)])
-def test_products_gradients(make_mask):
+@pytest.mark.slow
+@pytest.mark.parametrize("make_mask", [structured_mask, blind_mask])
+def test_gradients_of_the_matmuls_results(make_mask):
     rng = np.random.default_rng(7)
     case, mask = Case(rng), make_mask(rng)
     visible = np.asarray(mask.dense())
     inputs = case.q, case.k, case.v, case.d_output, mask
-    (dz_q, delta, q_dots), (dz_k, dz_v, k_dots, values) = kernels(*inputs, case.origins, case.rstd_T)
+    with interpret_kernels():
+        (dz_q, delta, q_dots), (dz_k, dz_v, k_dots, values) = kernels(*inputs, case.origins, case.rstd_T)
 
     # The whole of it, against float64 attention and automatic differentiation: errors as `q` and `k` were rounded.
     _, *want = dense_attention(case.q, case.k, case.v, case.d_output, visible, SCALE)
     scale = np.asarray(case.rstd_T, np.float64)[:, None, None]
-    truth = [case.gradient_of_product(0, want[0]), case.gradient_of_product(1, want[1]), scale * want[2]]
+    truth = [case.gradient_of_matmul(0, want[0]), case.gradient_of_matmul(1, want[1]), scale * want[2]]
     for got, true in zip((dz_q, dz_k, dz_v), truth, strict=True):
         assert got.dtype == jnp.bfloat16
         assert np.abs(true).max() > 0.01
@@ -108,8 +113,8 @@ def test_products_gradients(make_mask):
 
     unseeing, unseen = ~visible.any(1), ~visible.any(0)
     if make_mask is blind_mask:
-        assert unseeing[:BLOCK].all()
-        assert unseen[BLOCK:].all()
+        assert unseeing[:BLOCK_SIZE].all()
+        assert unseen[BLOCK_SIZE:].all()
         assert not unseeing.all()
     for got, rows in ((dz_q, unseeing), (q_dots.T, unseeing), *((x, unseen) for x in (dz_k, dz_v, k_dots.T, values.T))):
         assert not np.asarray(got)[rows].any()
@@ -117,7 +122,8 @@ def test_products_gradients(make_mask):
     if make_mask is blind_mask:
         return
     # Against the kernels without origins, where g was rounded on its way: nothing else differs, to the element.
-    (dq, plain_delta), (dk, dv) = kernels(*inputs, (None, None), None)
+    with interpret_kernels():
+        (dq, plain_delta), (dk, dv) = kernels(*inputs, (None, None), None)
     np.testing.assert_array_equal(delta, plain_delta)
     for got, dots, rounded, n, origin in (
         (dz_q, q_dots, dq, case.q, case.origins[0]),
@@ -145,17 +151,16 @@ def test_lowers_for_cuda_at_full_size():
 
     length, heads = 65536, 6
     head, number = array(length, heads, WIDTH, dtype=jnp.bfloat16), array(heads, length)
-    blocks = length // BLOCK
-    walk = array(blocks, blocks + 3, dtype=jnp.int32)
+    blocks = length // BLOCK_SIZE
+    schedule = array(blocks, blocks + 4, dtype=jnp.int32)
     origin = Origin(array(length, ROTATED), array(length, ROTATED), number)
     documents = array(length, dtype=jnp.int32)
-    run = functools.partial(dict, scale=SCALE, interpret=False)
 
-    def both_kernels(x, number, documents, walk, origin, rstd_T):
-        of_queries = backward_dq(x, x, x, x, x, number, documents, walk, origin, **run())
-        return of_queries, backward_dkv(x, x, x, x, number, number, documents, walk, origin, rstd_T, **run())
+    def both_kernels(x, number, documents, schedule, origin, rstd_T):
+        of_queries = backward_dq(x, x, x, x, x, number, documents, schedule, origin, scale=SCALE)
+        return of_queries, backward_dkv(x, x, x, x, number, number, documents, schedule, origin, rstd_T, scale=SCALE)
 
-    traced = jax.jit(both_kernels).trace(head, number, documents, walk, origin, array(length))
+    traced = jax.jit(both_kernels).trace(head, number, documents, schedule, origin, array(length))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("dq", "dkv"):
         assert f"block_sparse_attention_{kernel}" in text
@@ -164,7 +169,7 @@ def test_lowers_for_cuda_at_full_size():
 def test_other_head_widths_are_refused():
     head, number = jax.ShapeDtypeStruct((256, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 256), jnp.float32)
     origin = Origin(*[jax.ShapeDtypeStruct((256, 16), jnp.float32)] * 2, number)
-    documents, walk = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((256,), (2, 5)))
-    run = functools.partial(backward_dq, scale=SCALE, interpret=True)
+    documents, schedule = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((256,), (2, 6)))
+    run = functools.partial(backward_dq, scale=SCALE)
     with pytest.raises(ValueError, match="head width 128, got 64"):
-        jax.eval_shape(run, *[head] * 5, number, documents, walk, origin)
+        jax.eval_shape(run, *[head] * 5, number, documents, schedule, origin)

@@ -117,7 +117,7 @@ def test_leading_batch_axis(implementation, shared_mask):
 
 
 def test_work_follows_the_visited_blocks(monkeypatch):
-    """Without jit the walk runs in Python, and each product of two blocks can be counted."""
+    """Without jit the walk runs in Python, and each matmul of two blocks can be counted."""
     products = 0
 
     def count(*arguments):

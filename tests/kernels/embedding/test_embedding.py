@@ -4,7 +4,6 @@ The Hopper kernel runs in Pallas' interpreter, and is lowered for CUDA at full s
 """
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,26 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.embedding.hopper import NOTHING, TOKENS, hopper_gradient, make_plan
-from jax_speedrun.kernels.embedding.op import embed, plain_gradient, sort_tokens
-from tests.scripts import load_script
+from jax_speedrun.kernels.embedding.op import embed, plain_gradient, sort_tokens, unsupported
+from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
+from tests.devices import B200, H100
+from tests.marks import slow
 
 T = 512  # eight programs of 64
 V = 600
 FULL_V, FULL_T, FULL_D = 50257, 65536, 768
 
 
-@functools.partial(jax.jit, static_argnames=("name", "vocabulary", "dtype"))
-def gradient(name, d_rows, tokens, dtype, vocab_size=V):
-    if name == "plain":
+@functools.partial(jax.jit, static_argnames=("name", "vocab_size", "dtype"))
+def jitted_gradient(name, d_rows, tokens, dtype, vocab_size=V):
+    if name == "xla":
         return plain_gradient(d_rows, tokens, vocab_size, dtype)
-    return hopper_gradient(d_rows, sort_tokens(tokens, vocab_size), dtype, interpret=True)
+    return hopper_gradient(d_rows, sort_tokens(tokens, vocab_size), dtype)
+
+
+def gradient(*arguments):
+    with interpret_kernels():
+        return jitted_gradient(*arguments)
 
 
 IDS = {
@@ -74,24 +80,29 @@ def check(name, ids, dtype, length, vocab_size, width=128):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_sums_of_every_kind_of_ids(dtype):
     for ids in IDS:
-        check("plain", ids, dtype, T, V)
+        check("xla", ids, dtype, T, V)
 
 
 # The interpreter takes a second or two a run.
-@pytest.mark.parametrize("ids", [*list(IDS)[:5], *(pytest.param(ids, marks=pytest.mark.slow) for ids in list(IDS)[5:])])
+@pytest.mark.parametrize(
+    "ids", ["Zipf", "one over each border", *(slow(ids) for ids in IDS if ids not in ("Zipf", "one over each border"))]
+)
 def test_kernel_sums_of_every_kind_of_ids(ids):
     check("hopper", ids, jnp.bfloat16, 256, 300)
 
 
+@pytest.mark.slow
 def test_kernel_sums_float32():
     check("hopper", "Zipf", jnp.float32, 128, 150)
 
 
+@pytest.mark.slow
 def test_kernel_repeats_to_the_bit():
     got, again = check("hopper", "first and last", jnp.bfloat16, 128, 150)
     np.testing.assert_array_equal(got, again())
 
 
+@pytest.mark.slow
 def test_kernel_at_the_width_of_the_record():
     check("hopper", "Zipf", jnp.bfloat16, 128, 150, 768)
 
@@ -136,7 +147,7 @@ def ordered_and_planned(tokens):
     return order, make_plan(order)
 
 
-@pytest.mark.parametrize("name", ["plain", "hopper"])
+@pytest.mark.parametrize("name", ["xla", "hopper"])
 def test_bfloat16_sums_do_not_stall(name):
     """384 ones: a bfloat16 accumulator would stop at 256, where adding 1 rounds away."""
     got = gradient(name, jnp.ones((384, 128), jnp.bfloat16), jnp.full(384, 3), jnp.bfloat16, 4)
@@ -166,10 +177,11 @@ def test_embed_looks_up_and_differentiates(sort, dtype):
     @jax.jit
     def run(table, tokens, d_rows):
         order = sort_tokens(tokens, vocab_size) if sort else None
-        output, pull = jax.vjp(lambda t: embed(t, tokens, order, True), table)
+        output, pull = jax.vjp(lambda t: embed(t, tokens, order, "hopper" if sort else "xla"), table)
         return output, pull(d_rows)[0]
 
-    output, d_table = run(table, tokens, d_rows)
+    with interpret_kernels():
+        output, d_table = run(table, tokens, d_rows)
     np.testing.assert_array_equal(output, np.asarray(table)[tokens])
     assert d_table.dtype == dtype
     assert_sums(d_table, d_rows, tokens, vocab_size)
@@ -206,18 +218,20 @@ def test_hopper_lowers_in_scan_vmap_and_shard_map():
         assert "embedding_gradient_rows" in text
 
 
-def test_bench_runs_small_without_a_gpu(tmp_path, capsys):
-    bench = load_script("bench_embedding")
-    arguments = ["--length", "256", "--width", "128", "--vocabulary", "300", "--out", str(tmp_path)]
-    assert bench.main([*arguments, "--variants", "plain", "scatter"]) == 0
-    record = json.loads((tmp_path / "embedding.json").read_text())
-    assert [row["variant"] for row in record["rows"]] == ["sort", "plain", "scatter"]
-    assert all(row["error_of_bound"] <= 1 for row in record["rows"][1:])
-    assert bench.main([*arguments, "--length", "100"]) == 2
-    assert "error: --length 100: must be a positive multiple of 64" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("shape", "message"), [((100, 128), "T a multiple of 64, got 100"), ((T, 64), "D a multiple of 128, got 64")]
+)
+def test_what_hopper_does_not_take_is_said(shape, message):
+    tokens, table = jnp.zeros(shape[0], jnp.int32), jnp.zeros((V, shape[1]))
+    whole = f"^embed: implementation 'hopper' needs {message}; use 'xla' or 'auto'$"
+    with compiling_for_hopper(), pytest.raises(ValueError, match=whole):
+        embed(table, tokens, implementation="hopper")
 
 
-@pytest.mark.parametrize("shape", [(100, 128), (T, 64)])
-def test_what_is_not_supported_is_said(shape):
-    with pytest.raises(ValueError, match="T a multiple of 64 and D of 128, got"):
-        gradient("hopper", jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32), jnp.float32)
+def test_auto_is_hopper_where_it_runs_and_fits():
+    def automatic(device, *sizes):
+        return choose("embed", "auto", lambda: unsupported(*sizes), device=device)
+
+    assert automatic(H100, T, 768) == "hopper"
+    assert automatic(H100, T + 1, 768) == automatic(H100, T, 96) == "xla"
+    assert automatic(B200, T, 768) == "xla"

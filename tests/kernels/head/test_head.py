@@ -1,7 +1,6 @@
-"""The head's loss and gradients against float64 NumPy, in every precision; the fast path in Pallas' interpreter."""
+"""The head's loss and gradients against float64 NumPy, in every precision; hopper in Pallas' interpreter."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jax_speedrun.kernels.head import hopper_gradient as head_hopper_gradient
 from jax_speedrun.kernels.head.hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head.hopper_logits import logits_and_totals
-from jax_speedrun.kernels.head.op import W_SCALE, _operand, fast_head_supported, fp8_supported, head_logits, head_loss
-from tests.scripts import load_script
+from jax_speedrun.kernels.head.op import W_SCALE, _operand, fp8_supported, head_logits, head_loss, unsupported
+from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
+from tests.devices import B200, H100
+from tests.marks import slow
 
 T, D, V = 384, 16, 640
 
@@ -160,17 +161,18 @@ def test_full_logits_never_exist():
     assert f"4096x{V}" not in gradient.lower(*abstract((4096, D), (V, D), (4096,), "float32")).as_text()
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
 @jax.default_matmul_precision("default")  # whatever another test has left
 def test_only_gradients_ask_for_sums_in_float32(implementation):
     """By precision: an algorithm's name, which says more, does not survive several devices."""
     arrays = abstract((256, 256), (640, 256), (256,))
     gradient = jax.jit(jax.grad(lambda *a: head_loss(*a, "fp8", implementation, chunk_tokens=256), argnums=(0, 1)))
-    text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    with compiling_for_hopper():
+        text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f8E" in line]
     of_gradients = ["f8E5M2" in line for line in products]
     assert of_gradients.count(True) == 2
-    assert of_gradients.count(False) == (implementation == "plain")  # the fast path's logits are its kernel's
+    assert of_gradients.count(False) == (implementation == "xla")  # hopper's logits are its kernel's
     assert ["precision = [HIGHEST, HIGHEST]" in line for line in products] == of_gradients
     assert not any("algorithm" in line for line in products)
 
@@ -202,16 +204,16 @@ def test_one_token_and_chunks_that_do_not_divide_alike():
             assert relative(got, want) < 2e-5
 
 
-# The fast path. Three tiles of words and two steps of channels; two chunks of tokens, of one tile each.
-FAST = {"tokens": 256, "vocabulary": 384, "width": 256}
-INTERPRETED = {"implementation": "fast", "interpret": True, "chunk_tokens": 255}  # a tile and a part
+# The Hopper kernels. Three tiles of the vocab and two steps of channels; two chunks of tokens, of one tile each.
+SIZES = {"tokens": 256, "vocab_size": 384, "width": 256}
+HOPPER = {"implementation": "hopper", "chunk_tokens": 255}  # a tile and a part
 
 
-def fast_inputs(case):
+def hopper_inputs(case):
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((FAST["tokens"], FAST["width"]))
-    w = 0.25 * rng.standard_normal((FAST["vocabulary"], FAST["width"]))
-    targets = rng.integers(0, FAST["vocabulary"], FAST["tokens"])
+    x = rng.standard_normal((SIZES["tokens"], SIZES["width"]))
+    w = 0.25 * rng.standard_normal((SIZES["vocab_size"], SIZES["width"]))
+    targets = rng.integers(0, SIZES["vocab_size"], SIZES["tokens"])
     if case == "capped":  # the first channel lifts a word's z by 100 or -100 for every token; targets are among both
         x[:, 0], w[:, 0] = 16, 0
         w[:32, 0], w[-32:, 0] = 100 / 16, -100 / 16
@@ -224,25 +226,27 @@ def fast_inputs(case):
     return x.astype(np.float32), w.astype(np.float32), targets
 
 
-@pytest.mark.parametrize("case", ["random", "capped", "improbable targets", "one target", "zero head"])
-def test_fast_equals_the_recipe_and_plain(case):
-    """Same roundings, so the same tolerance as plain FP8 above: few values fall on another side of a border."""
-    arguments = fast_inputs(case)
-    fast = run(*arguments, "fp8", **INTERPRETED)
-    for got, want, plain in zip(fast, numpy_fp8(*arguments), run(*arguments, "fp8_emulated"), strict=True):
+@pytest.mark.parametrize("case", ["random", "capped", *map(slow, ["improbable targets", "one target", "zero head"])])
+def test_hopper_equals_the_recipe_and_xla(case):
+    """Same roundings, so the same tolerance as FP8 above: few values fall on another side of a border."""
+    arguments = hopper_inputs(case)
+    with interpret_kernels():
+        hopper = run(*arguments, "fp8", **HOPPER)
+    for got, want, plain in zip(hopper, numpy_fp8(*arguments), run(*arguments, "fp8_emulated"), strict=True):
         assert np.isfinite(got).all()
         assert relative(got, want) < 5e-3
         assert relative(got, plain) < 5e-3
-    np.testing.assert_allclose(fast[0], numpy_fp8(*arguments)[0], rtol=1e-5)
+    np.testing.assert_allclose(hopper[0], numpy_fp8(*arguments)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("splits", [slow(1), 2])
 def test_logits_and_totals(splits):
     """Two tiles of tokens, and of words three, or two and one."""
-    x, w, _ = fast_inputs("random")
+    x, w, _ = hopper_inputs("random")
     x, w = jnp.asarray(x * 2, jnp.float8_e4m3fn), jnp.asarray(w * 32, jnp.float8_e4m3fn)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T / 64
-    z, totals = logits_and_totals(x, w, unscale=1 / 64, splits=splits, interpret=True)
+    with interpret_kernels():
+        z, totals = logits_and_totals(x, w, unscale=1 / 64, splits=splits)
     z = np.asarray(z, np.float64)
     assert relative(z, exact) < 2**-8
     assert totals.shape == (splits, 256)
@@ -253,9 +257,9 @@ def test_logits_and_totals(splits):
     ("together", "runs"),
     [
         (4, 1),  # more tiles than slots
-        (1, 3),  # runs of two tiles and of one
-        (2, 2),
-        (8, 132),  # more than there are
+        slow(1, 3),  # runs of two tiles and of one
+        slow(2, 2),
+        slow(8, 132),  # more than there are
     ],
 )
 def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
@@ -269,7 +273,8 @@ def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
     want = np.exp(30 * gate - 30) / total - (np.arange(256) == targets[:, None])
     want = rounder(ml_dtypes.float8_e5m2)(rounder(ml_dtypes.bfloat16)(want * 4 * gate * (1 - gate)) * 2**13)
     log2_total = jnp.asarray(np.log2(total[:, 0]), jnp.float32)
-    d_z, turned = logit_gradient(z, log2_total, jnp.asarray(targets, jnp.int32), interpret=True)
+    with interpret_kernels():
+        d_z, turned = logit_gradient(z, log2_total, jnp.asarray(targets, jnp.int32))
     assert d_z.dtype == turned.dtype == jnp.float8_e5m2
     d_z, turned = np.asarray(d_z, np.float64), np.asarray(turned, np.float64)
     np.testing.assert_array_equal(turned, d_z.T)
@@ -277,11 +282,12 @@ def test_gradient_kernel_writes_both_layouts(monkeypatch, together, runs):
     assert (d_z != want).mean() < 1e-3
 
 
-def test_fast_lowers_for_cuda_at_full_size():
+def test_hopper_lowers_for_cuda_at_full_size():
     """All but the last compiler, ptxas. Without a GPU JAX assumes compute 9.0."""
-    gradient = jax.jit(jax.grad(lambda x, w, t: head_loss(x, w, t, "fp8", "fast"), argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(lambda x, w, t: head_loss(x, w, t, "fp8", "hopper"), argnums=(0, 1)))
     shapes = abstract((65536, 768), (50304, 768), (65536,))
-    text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    with compiling_for_hopper():
+        text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("head_logits", "head_logit_gradient"):
         assert kernel in text
     assert "32768x50304xbf16" in text
@@ -289,15 +295,16 @@ def test_fast_lowers_for_cuda_at_full_size():
     assert "50304x50304" not in text
 
 
-def test_fast_lowers_in_a_sharded_scan():
+def test_hopper_lowers_in_a_sharded_scan():
     def local_loss(x, w, targets):
         def add(total, one):
-            return total + head_loss(one[0], w, one[1], "fp8", "fast"), None
+            return total + head_loss(one[0], w, one[1], "fp8", "hopper"), None
 
         return jax.lax.scan(add, jnp.float32(0), (x, targets))[0]
 
     shapes = abstract((4, 256, 128), (384, 128), (4, 256))
-    lowered = gradient_on_two_devices(local_loss).trace(*shapes).lower(lowering_platforms=("cuda",))
+    with compiling_for_hopper():
+        lowered = gradient_on_two_devices(local_loss).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "head_logit_gradient" in lowered.as_text()
 
 
@@ -306,39 +313,28 @@ def test_fast_lowers_in_a_sharded_scan():
     [
         ({}, "bfloat16", "precision 'fp8', got 'bfloat16'"),
         ({"tokens": 192}, "fp8", "T a multiple of 128, got 192"),
-        ({"vocabulary": 320}, "fp8", "V a multiple of 128, got 320"),
+        ({"vocab_size": 320}, "fp8", "V a multiple of 128, got 320"),
         ({"width": 192}, "fp8", "D a multiple of 128, got 192"),
         ({"width": 896}, "fp8", "D at most 768, got 896"),
     ],
 )
-def test_what_the_fast_head_does_not_take_is_said(change, precision, message):
-    sizes = FAST | change
+def test_what_hopper_does_not_take_is_said(change, precision, message):
+    sizes = SIZES | change
     x = jnp.zeros((sizes["tokens"], sizes["width"]))
-    w, targets = jnp.zeros((sizes["vocabulary"], sizes["width"])), jnp.zeros(sizes["tokens"], jnp.int32)
-    with pytest.raises(ValueError, match=f"{message}; use implementation='plain'"):
-        head_loss(x, w, targets, precision, "fast")
+    w, targets = jnp.zeros((sizes["vocab_size"], sizes["width"])), jnp.zeros(sizes["tokens"], jnp.int32)
+    with (
+        compiling_for_hopper(),
+        pytest.raises(ValueError, match=f"head_loss: implementation 'hopper' needs {message}; use 'xla' or 'auto'$"),
+    ):
+        head_loss(x, w, targets, precision, "hopper")
 
 
-def test_fast_is_for_hopper_only():
-    class Device:
-        compute_capability = "9.0"
+def test_auto_is_hopper_where_it_runs_and_fits():
+    def automatic(device, precision, **change):
+        return choose("head_loss", "auto", lambda: unsupported(precision, **SIZES | change), device=device)
 
-    assert fast_head_supported(Device(), "fp8", **FAST)
-    assert not fast_head_supported(Device(), "bfloat16", **FAST)
-    assert not fast_head_supported(Device(), "fp8", **FAST | {"tokens": 1})
-    Device.compute_capability = "10.0"
-    assert not fast_head_supported(Device(), "fp8", **FAST)
-    assert not fast_head_supported(jax.devices("cpu")[0], "fp8", **FAST)
-
-
-@pytest.mark.slow
-def test_bench_runs_small_without_a_gpu(tmp_path, capsys, monkeypatch):
-    bench = load_script("bench_head")
-    sizes = ["--tokens", "128", "--vocabulary", "640", "--width", "256", "--error-tokens", "128", "--chunks", "128"]
-    assert bench.main([*sizes, "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "head.json").read_text())
-    assert {row["name"] for row in record["rows"]} >= {"whole, plain", "whole, fast", "dx, cuBLASLt"}
-    monkeypatch.setattr(bench, "LARGEST_ERROR", -1.0)
-    assert bench.main([*sizes, "--out", str(tmp_path)]) == 1
-    assert bench.main(["--tokens", "33", "--out", str(tmp_path)]) == 2
-    assert "--tokens 33: the kernels need" in capsys.readouterr().err
+    assert automatic(H100, "fp8") == "hopper"
+    assert automatic(H100, "bfloat16") == "xla"
+    assert automatic(H100, "fp8", tokens=1) == "xla"
+    assert automatic(B200, "fp8") == "xla"
+    assert automatic(jax.devices("cpu")[0], "fp8") == "xla"

@@ -1,4 +1,4 @@
-"""`mlp`, plain and fast, against float64 with bounds from its roundings; the fast path in Pallas' interpreter."""
+"""`mlp`, by xla and by hopper, against float64 with bounds from its roundings; hopper in Pallas' interpreter."""
 
 import functools
 
@@ -11,9 +11,12 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.hopper.matmul import Config
-from jax_speedrun.kernels.layer.mlp import fast_mlp_supported, mlp
+from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
+from jax_speedrun.kernels.layer.mlp import mlp, unsupported
 from jax_speedrun.kernels.layer.mlp_hopper import matmul_relu_squared, matmul_slope
 from jax_speedrun.kernels.layer.residual import rstd
+from tests.devices import B200, H100
+from tests.marks import slow
 
 BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
 EPSILON = 2.0**-23
@@ -47,8 +50,8 @@ def float64(arrays):
 def truth(x, fc, proj, dy):
     """Output and gradients in float64, each with how far it may be off: sums in float32, results in bfloat16.
 
-    h is off by its sum, r2 by that and a rounding, and so on through the chain; the fast path also rounds the slope,
-    the plain one h instead, and products before they join the residual.
+    h is off by its sum, r2 by that and a rounding, and so on through the chain; hopper also rounds the slope,
+    xla h instead, and results before they join the residual.
     """
     x, fc, proj, dy = float64((x, fc, proj, dy))
     scale = 1 / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON)
@@ -60,7 +63,7 @@ def truth(x, fc, proj, dy):
         return value, a_off @ np.abs(b).T + a.shape[1] * F32 * size
 
     z, z_off = product(x, 0 * x, fc)
-    z_off = z_off + BF16 * np.abs(z)  # if it is rounded, as the plain path does
+    z_off = z_off + BF16 * np.abs(z)  # if it is rounded, as xla does
     h, h_off = scale * z, scale * z_off
     root = np.maximum(h, 0)
     r2, r2_off = root**2, 2 * root * h_off + h_off**2 + BF16 * root**2
@@ -75,7 +78,7 @@ def truth(x, fc, proj, dy):
     d_scale, d_scale_off = np.sum(dh * z, axis=1), np.sum(dh_off * np.abs(z) + np.abs(dh) * (z_off + slope_off), axis=1)
     along, along_off = (a[:, None] * scale**3 / x.shape[1] for a in (-d_scale, d_scale_off))
     dx, dx_off = product(dz, dz_off, fc.T)
-    dx_off += BF16 * np.abs(dx) + along_off * np.abs(x)  # the plain path rounds dz W
+    dx_off += BF16 * np.abs(dx) + along_off * np.abs(x)  # xla rounds dz W
     dx += dy + along * x
     d_fc, d_fc_off = product(dz, dz_off, x, transposed=True)
     d_proj, d_proj_off = product(r2, r2_off, dy, transposed=True)
@@ -87,12 +90,20 @@ def truth(x, fc, proj, dy):
 def runner(implementation):
     def run(x, fc, proj, dy):
         def output(x, fc, proj):
-            return mlp(x, rstd(x, EPSILON), fc, proj, implementation, interpret=True)
+            return mlp(x, rstd(x, EPSILON), fc, proj, implementation)
 
         y, pull = jax.vjp(output, x, fc, proj)
         return y, *pull(dy)
 
-    return jax.jit(run)
+    return interpreted(jax.jit(run))
+
+
+def interpreted(function):
+    def run(*arguments):
+        with interpret_kernels():
+            return function(*arguments)
+
+    return run
 
 
 def assert_close(got, case):
@@ -104,12 +115,13 @@ def assert_close(got, case):
         assert np.linalg.norm(error) <= 5**0.5 * BF16 * np.linalg.norm(want), name
 
 
-CASES = ["random", "all negative", "zero rows"]
-CASES_OF_SIZE = ["huge", "tiny", "each token its own"]
+CASES = ["random", "all negative", "zero rows", "huge", "tiny", "each token its own"]
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES_OF_SIZE)])
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [*(("xla", case) for case in CASES), *(slow("hopper", case) for case in CASES)],
+)
 def test_output_and_gradients_equal_float64(implementation, case):
     arguments = inputs(case, **SIZES)
     got = runner(implementation)(*arguments)
@@ -123,19 +135,19 @@ def test_output_and_gradients_equal_float64(implementation, case):
         assert not np.asarray(d_proj).any()
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", slow("hopper")])
 def test_the_scale_is_no_variable_of_its_own(implementation):
     x, fc, proj, dy = inputs("random", 128, 256, 256)
-    scale, pull = rstd(x, EPSILON), lambda s: mlp(x, s, fc, proj, implementation, interpret=True)
-    (d_scale,) = jax.vjp(pull, scale)[1](dy)
+    run = interpreted(lambda s: jax.vjp(lambda s: mlp(x, s, fc, proj, implementation), s)[1](dy))
+    (d_scale,) = run(rstd(x, EPSILON))
     assert not np.asarray(d_scale).any()
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", slow("hopper")])
 def test_a_norm_sends_nothing_back_along_x(implementation):
     """However small the MLP's part of the gradient is beside what passes it by: no rounding may favour one direction.
 
-    Along x the product's part and the norm's are each -2 |y|^2 for the gradient y = mlp - x, and cancel. Added one by
+    Along x the matmul's part and the norm's are each -2 |y|^2 for the gradient y = mlp - x, and cancel. Added one by
     one to a much larger number in bfloat16, both would be lost, but not equally often.
     """
     x, fc, proj, _ = inputs("random", 256, 256, 256)
@@ -154,26 +166,27 @@ def test_a_norm_sends_nothing_back_along_x(implementation):
 
 def test_an_odd_number_of_tiles():
     arguments = inputs("random", tokens=384, width=256, hidden=256)
-    assert_close(runner("fast")(*arguments), truth(*arguments))
+    assert_close(runner("hopper")(*arguments), truth(*arguments))
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_get_bfloat16_gradients():
     x, fc, proj, dy = inputs("random", 128, 256, 256)
-    got = runner("fast")(x, fc.astype(jnp.bfloat16), proj.astype(jnp.bfloat16), dy)
+    got = runner("hopper")(x, fc.astype(jnp.bfloat16), proj.astype(jnp.bfloat16), dy)
     assert [a.dtype for a in got] == [jnp.bfloat16] * 4
     assert_close(got, truth(x, fc, proj, dy))
 
 
 CONFIGS = [
-    Config(),
-    Config(columns=128, stages=3),
-    Config(columns=192, channels=32, stages=8),
+    slow(Config()),
+    slow(Config(columns=128, stages=3)),
+    slow(Config(columns=192, channels=32, stages=8)),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_value_lands_in_its_place(config):
-    """Tokens that pick one channel: a product has one term, so the results are known to the last bit."""
+    """Tokens that pick one channel: a sum has one term, so the results are known to the last bit."""
     tokens, width, hidden = 512, 320, 2 * config.columns  # the ring ends within a tile
     rng = np.random.default_rng(0)
     picks = rng.permutation(tokens) % width
@@ -181,10 +194,10 @@ def test_every_value_lands_in_its_place(config):
     w = jnp.asarray(rng.standard_normal((hidden, width)), jnp.bfloat16)
     h = np.asarray(w, np.float32)[:, picks].T
     scale = np.asarray(2.0 ** rng.integers(-3, 4, (tokens, 1)), np.float32)  # multiplies without rounding
-    r2 = matmul_relu_squared(one_hot, w, jnp.asarray(scale[:, 0]), config=config, interpret=True)
+    r2 = interpreted(functools.partial(matmul_relu_squared, config=config))(one_hot, w, jnp.asarray(scale[:, 0]))
     np.testing.assert_array_equal(np.asarray(r2), ((scale * np.maximum(h, 0)) ** 2).astype(ml_dtypes.bfloat16))
 
-    dz, shares = matmul_slope(one_hot, w, jnp.asarray(scale[:, 0]), r2, config=config, interpret=True)
+    dz, shares = interpreted(functools.partial(matmul_slope, config=config))(one_hot, w, jnp.asarray(scale[:, 0]), r2)
     slope = (2 * scale * np.sqrt(np.asarray(r2, np.float64))).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(dz), (h * slope).astype(ml_dtypes.bfloat16))
     shares_wanted = (np.asarray(dz, np.float64) * slope).sum(axis=1)
@@ -195,7 +208,7 @@ def test_every_value_lands_in_its_place(config):
     assert (np.abs(root - relu) <= 1.01 * BF16 / 2 * relu).all()
 
 
-def test_fast_lowers_for_cuda_at_full_size():
+def test_hopper_lowers_for_cuda_at_full_size():
     """All but the last compiler, ptxas. Of h there is nothing: one (T, F) array forward, one backward."""
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype)
@@ -206,20 +219,22 @@ def test_fast_lowers_for_cuda_at_full_size():
             ((768, 3072), "float32"),
         )
     ]
-    gradient = jax.jit(jax.grad(lambda *a: mlp(*a, "fast").astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)))
-    text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("mlp_relu_squared", "mlp_slope", "sum_product"):
+    gradient = jax.jit(jax.grad(lambda *a: mlp(*a, "hopper").astype(jnp.float32).sum(), argnums=(0, 1, 2, 3)))
+    with compiling_for_hopper():
+        text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("matmul_relu_squared", "matmul_slope", "matmul_add"):
         assert kernel in text
     assert "65536x3072xf32" not in text
     for pointwise in ("maximum", "sqrt"):
         assert f"stablehlo.{pointwise}" not in text
 
 
-def test_fast_lowers_in_a_sharded_scan():
+@pytest.mark.slow
+def test_hopper_lowers_in_a_sharded_scan():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def local_loss(x, fc, proj):
-        layer = jax.checkpoint(lambda x, _: (mlp(x, rstd(x, 1e-6), fc, proj, "fast"), None))
+        layer = jax.checkpoint(lambda x, _: (mlp(x, rstd(x, 1e-6), fc, proj, "hopper"), None))
         return jax.lax.pmean(jax.lax.scan(layer, x[0], length=3)[0].astype(jnp.float32).sum(), "data")
 
     def loss(*args):
@@ -230,8 +245,10 @@ def test_fast_lowers_in_a_sharded_scan():
         jax.ShapeDtypeStruct(s, d)
         for s, d in (((2, 256, 256), "bfloat16"), ((512, 256), "float32"), ((256, 512), "float32"))
     ]
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert "mlp_slope" in lowered.as_text()
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    with compiling_for_hopper():
+        lowered = gradient.trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "matmul_slope" in lowered.as_text()
 
 
 @pytest.mark.parametrize(
@@ -240,20 +257,23 @@ def test_fast_lowers_in_a_sharded_scan():
         ({}, "float32", "bfloat16, got float32"),
         ({"tokens": 64}, "bfloat16", "T a multiple of 128, got 64"),
         ({"tokens": 0}, "bfloat16", "T a multiple of 128, got 0"),
-        ({"width": 96}, "bfloat16", "channels into each product a multiple of 64, got 96"),
-        ({"width": 128}, "bfloat16", "channels out of each product a multiple of 256, got 128"),
-        ({"hidden": 384}, "bfloat16", "channels out of each product a multiple of 256, got 384"),
+        ({"width": 96}, "bfloat16", "channels into each matmul a multiple of 64, got 96"),
+        ({"width": 128}, "bfloat16", "channels out of each matmul a multiple of 256, got 128"),
+        ({"hidden": 384}, "bfloat16", "channels out of each matmul a multiple of 256, got 384"),
     ],
 )
-def test_what_fast_does_not_take_is_said(change, dtype, message):
+def test_what_hopper_does_not_take_is_said(change, dtype, message):
     sizes = SIZES | change
     x = jnp.zeros((sizes["tokens"], sizes["width"]), dtype)
     fc = jnp.zeros((sizes["hidden"], sizes["width"]))
-    with pytest.raises(ValueError, match=f"{message}; use implementation='plain'"):
-        mlp(x, jnp.ones(sizes["tokens"]), fc, fc.T, "fast")
+    with (
+        compiling_for_hopper(),
+        pytest.raises(ValueError, match=f"mlp: implementation 'hopper' needs {message}; use 'xla' or 'auto'$"),
+    ):
+        mlp(x, jnp.ones(sizes["tokens"]), fc, fc.T, "hopper")
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
 def test_arrays_that_do_not_fit_together(implementation):
     x, fc, proj, _ = inputs("random", 128, 64, 256)
     scale = rstd(x, EPSILON)
@@ -261,16 +281,15 @@ def test_arrays_that_do_not_fit_together(implementation):
         with pytest.raises(ValueError, match=r"mlp needs x \(T, D\), fc \(F, D\) and proj \(D, F\), got"):
             mlp(*arguments, implementation)
     for bad in (scale[:-1], scale.astype(jnp.bfloat16)):
-        with pytest.raises(ValueError, match=r"scale must be \(128,\) float32 for x \(128, 64\), got"):
+        with pytest.raises(ValueError, match=r"rstd must be \(128,\) float32 for x \(128, 64\), got"):
             mlp(x, bad, fc, proj, implementation)
 
 
-def test_fast_is_for_hopper_only():
-    class Device:
-        compute_capability = "9.0"
+def test_auto_is_hopper_where_it_runs_and_fits():
+    def automatic(device, dtype, **change):
+        return choose("mlp", "auto", lambda: unsupported(dtype, **SIZES | change), device=device)
 
-    assert fast_mlp_supported(Device(), "bfloat16", **SIZES)
-    assert not fast_mlp_supported(Device(), "float32", **SIZES)
-    assert not fast_mlp_supported(Device(), "bfloat16", **SIZES | {"tokens": 1})
-    Device.compute_capability = "10.0"
-    assert not fast_mlp_supported(Device(), "bfloat16", **SIZES)
+    assert automatic(H100, "bfloat16") == "hopper"
+    assert automatic(H100, "float32") == "xla"
+    assert automatic(H100, "bfloat16", tokens=1) == "xla"
+    assert automatic(B200, "bfloat16") == "xla"

@@ -1,6 +1,6 @@
-"""Norms applied after the product, against the textbook order in float64."""
+"""Norms applied after the matmul, against the textbook order in float64."""
 
-import json
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from jax_speedrun.kernels.hopper.matmul import Config
+from jax_speedrun.kernels.implementation import compiling_for_hopper, interpret_kernels
 from jax_speedrun.kernels.layer.mlp import relu_squared
 from jax_speedrun.kernels.layer.residual import add_linear, known_rstd, rstd
 from jax_speedrun.kernels.layer.residual_hopper import matmul_add
-from tests.scripts import load_script
+from tests.marks import slow
 
 T, D, F, EPSILON = 48, 32, 80, 2.0**-23
+SIZES = [1.0, 1e12, 1e-14, 0.0]
 BF16, F32 = 2.0**-8, 2.0**-24  # largest relative error of one rounding
 
 
@@ -28,7 +30,7 @@ def inputs(case):
     return [np.asarray(a, np.float32) for a in (x, w, d_out)]
 
 
-def norm_then_product(x, w):
+def norm_then_matmul(x, w):
     """The MLP's first half as the formula has it."""
     n = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON)
     z = n @ w.T
@@ -37,30 +39,30 @@ def norm_then_product(x, w):
 
 def gradients(x, w, d_out):
     """Of the sum of d_out relu(norm(x) W^T)^2 in x and w, by the chain rule, float64."""
-    n, z, _ = norm_then_product(x, w)
+    n, z, _ = norm_then_matmul(x, w)
     d_z = 2 * d_out * np.maximum(z, 0)
     d_n = d_z @ w
     r = 1 / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON)
     return r * (d_n - n * np.mean(d_n * n, axis=1, keepdims=True)), d_z.T @ n
 
 
-def product_then_norm(x, w):
+def matmul_then_norm(x, w):
     return relu_squared(jnp.dot(x, w.T, precision="highest"), rstd(x, EPSILON))
 
 
-def product_then_known_norm(x, w):
+def matmul_then_known_norm(x, w):
     """Of the inverse RMS only its value is told."""
     scale = known_rstd(x, jax.lax.stop_gradient(rstd(x, EPSILON)))
     return relu_squared(jnp.dot(x, w.T, precision="highest"), scale)
 
 
 @pytest.mark.parametrize("case", ["random", "huge", "tiny", "each token its own", "zeros"])
-@pytest.mark.parametrize("function", [product_then_norm, product_then_known_norm])
-def test_norm_after_the_product_equals_norm_before_it(function, case):
+@pytest.mark.parametrize("function", [matmul_then_norm, matmul_then_known_norm])
+def test_norm_after_the_matmul_equals_norm_before_it(function, case):
     x, w, d_out = inputs(case)
     wide = [a.astype(np.float64) for a in (x, w, d_out)]
     out, pull = jax.vjp(jax.jit(function), x, w)
-    n, _, want = norm_then_product(*wide[:2])
+    n, _, want = norm_then_matmul(*wide[:2])
     size = (np.abs(n) @ np.abs(wide[1]).T) ** 2  # of the terms that may cancel
     assert (np.abs(out - want) <= 1e-5 * size).all()
     for got, expected, axis in zip(pull(d_out), gradients(*wide), (1, None), strict=True):
@@ -82,8 +84,10 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once():
     np.testing.assert_allclose(r, 1 / np.sqrt(np.mean(np.asarray(z, np.float64) ** 2, axis=1) + EPSILON), rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
-@pytest.mark.parametrize("size", [1.0, 1e12, 1e-14, 0.0])
+@pytest.mark.parametrize(
+    ("implementation", "size"),
+    [*(("xla", size) for size in SIZES), ("hopper", 1.0), *(slow("hopper", size) for size in SIZES[1:])],
+)
 def test_add_linear_equals_float64(implementation, size):
     tokens, width, channels = 384, 256, 128
     rng = np.random.default_rng(1)
@@ -92,10 +96,11 @@ def test_add_linear_equals_float64(implementation, size):
     x, w = x * jnp.bfloat16(size), (w * jnp.bfloat16(channels**-0.5)).astype(jnp.float32)
 
     def run(x, y, w):
-        return add_linear(x, y, w, epsilon=EPSILON, implementation=implementation, interpret=True)
+        return add_linear(x, y, w, epsilon=EPSILON, implementation=implementation)
 
-    (total, scale), pull = jax.vjp(jax.jit(run), x, y, w)
-    gradients = pull((d_sum, jnp.ones_like(scale)))  # the inverse RMS is a constant: what comes to it is lost
+    with interpret_kernels():
+        (total, scale), pull = jax.vjp(jax.jit(run), x, y, w)
+        gradients = pull((d_sum, jnp.ones_like(scale)))  # the inverse RMS is a constant: what comes to it is lost
     assert [a.dtype for a in (total, scale, *gradients)] == [
         jnp.bfloat16,
         jnp.float32,
@@ -118,10 +123,20 @@ def test_add_linear_equals_float64(implementation, size):
 
 
 @pytest.mark.parametrize(
-    "config", [Config(), Config(columns=128, stages=2), Config(columns=192, channels=32, stages=8)]
+    ("config", "term", "addend"),
+    [
+        everything := (Config(), "weighted term", True),
+        *(
+            slow(*case)
+            for case in itertools.product(
+                [Config(), Config(columns=128, stages=2), Config(columns=192, channels=32, stages=8)],
+                [None, "term", "weighted term"],
+                [False, True],
+            )
+            if case != everything
+        ),
+    ],
 )
-@pytest.mark.parametrize("term", [None, "term", "weighted term"])
-@pytest.mark.parametrize("addend", [False, True])
 def test_every_value_of_a_sum_lands_in_its_place(config, term, addend):
     """Tokens that pick one channel, factors that are powers of two, small integers: no rounding anywhere."""
     tokens, width, columns = 640, 192, 2 * config.columns
@@ -131,16 +146,16 @@ def test_every_value_of_a_sum_lands_in_its_place(config, term, addend):
     factor, of_term, of_addend = (2.0 ** rng.integers(-1, 2, (3, tokens))).astype(np.float32)
     a, b = rng.integers(-4, 5, (2, tokens, columns)).astype(np.float32)
     one_hot = jnp.asarray(np.eye(width)[picks], jnp.bfloat16)
-    got, squares = matmul_add(
-        one_hot,
-        jnp.asarray(w, jnp.bfloat16),
-        (jnp.asarray(of_term) if term == "weighted term" else None, jnp.asarray(a, jnp.bfloat16)) if term else None,
-        jnp.asarray(factor),
-        addend=(jnp.asarray(b, jnp.bfloat16), jnp.asarray(of_addend)) if addend else None,
-        squares=True,
-        config=config,
-        interpret=True,
-    )
+    with interpret_kernels():
+        got, squares = matmul_add(
+            one_hot,
+            jnp.asarray(w, jnp.bfloat16),
+            (jnp.asarray(of_term) if term == "weighted term" else None, jnp.asarray(a, jnp.bfloat16)) if term else None,
+            jnp.asarray(factor),
+            addend=(jnp.asarray(b, jnp.bfloat16), jnp.asarray(of_addend)) if addend else None,
+            squares=True,
+            config=config,
+        )
     want = w[:, picks].T + (of_addend[:, None] * b if addend else 0)
     want = factor[:, None] * want + {None: 0, "term": a, "weighted term": of_term[:, None] * a}[term]
     np.testing.assert_array_equal(np.asarray(got, np.float32), want)
@@ -150,7 +165,7 @@ def test_every_value_of_a_sum_lands_in_its_place(config, term, addend):
 def test_a_ring_of_one_slot_is_refused():
     x = jnp.zeros((128, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="stages must be at least 2, got 1"):
-        matmul_add(x, jnp.zeros((256, 64), jnp.bfloat16), config=Config(stages=1), interpret=True)
+        matmul_add(x, jnp.zeros((256, 64), jnp.bfloat16), config=Config(stages=1))
 
 
 @pytest.mark.parametrize(
@@ -158,16 +173,19 @@ def test_a_ring_of_one_slot_is_refused():
     [
         ({}, "float32", "bfloat16, got float32"),
         ({"tokens": 64}, "bfloat16", "T a multiple of 128, got 64"),
-        ({"channels": 96}, "bfloat16", "channels into each product a multiple of 64, got 96"),
-        ({"width": 128}, "bfloat16", "channels out of each product a multiple of 256, got 128"),
+        ({"channels": 96}, "bfloat16", "channels into each matmul a multiple of 64, got 96"),
+        ({"width": 128}, "bfloat16", "channels out of each matmul a multiple of 256, got 128"),
     ],
 )
-def test_what_the_fast_sum_does_not_take_is_said(change, dtype, message):
+def test_what_hopper_does_not_take_is_said(change, dtype, message):
     sizes = {"tokens": 128, "width": 256, "channels": 64} | change
     x, y = (jnp.zeros((sizes["tokens"], sizes[name]), dtype) for name in ("width", "channels"))
     weight = jnp.zeros((sizes["width"], sizes["channels"]))
-    with pytest.raises(ValueError, match=f"{message}; use implementation='plain'"):
-        add_linear(x, y, weight, epsilon=EPSILON, implementation="fast")
+    with (
+        compiling_for_hopper(),
+        pytest.raises(ValueError, match=f"add_linear: implementation 'hopper' needs {message}; use 'xla' or 'auto'$"),
+    ):
+        add_linear(x, y, weight, epsilon=EPSILON, implementation="hopper")
 
 
 def test_arrays_of_a_sum_that_do_not_fit_together():
@@ -175,20 +193,3 @@ def test_arrays_of_a_sum_that_do_not_fit_together():
     for arguments in ((x, y, w.T), (x[None], y, w), (y, x, w)):
         with pytest.raises(ValueError, match=r"add_linear needs x \(T, D\), y \(T, C\) and a weight \(D, C\), got"):
             add_linear(*arguments, epsilon=EPSILON)
-
-
-@pytest.mark.slow
-def test_bench_runs_small_without_a_gpu(tmp_path, capsys):
-    bench = load_script("bench_products")
-    sizes = ["--width", "256", "--hidden", "256", "--out", str(tmp_path)]
-    assert bench.main(["--tokens", "128", *sizes]) == 0
-    rows = json.loads((tmp_path / "products.json").read_text())["rows"]
-    by_kernels = [row for row in rows if row["error"] is not None]
-    assert len(by_kernels) == 8
-    assert all(row["error"] > 2.0**-10 for row in by_kernels)  # some roundings, not none
-    # So small a product waits for memory: x, y, their sum and the weight in bfloat16.
-    predicted = {row["name"]: row["predicted_ms"] for row in rows}
-    bytes_moved = 2 * (3 * 128 * 256 + 256 * 256)
-    assert predicted["x + y W^T and its inverse rms"] == pytest.approx(bytes_moved / 3.0e12 * 1e3)
-    assert bench.main(["--tokens", "33", *sizes]) == 2
-    assert "T a multiple of 128, got 33" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Self-attention against float64: the plain heads with bounds from their roundings, the whole, plain and fast.
+"""Self-attention against float64: xla's heads with bounds from their roundings, the whole by xla and by hopper.
 
-The fast path runs in Pallas' interpreter.
+hopper runs in Pallas' interpreter.
 """
 
 import dataclasses
@@ -15,14 +15,17 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask
+from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
 from jax_speedrun.kernels.layer.residual import rstd
 from jax_speedrun.kernels.layer.self_attention import (
     Inputs,
-    fast_self_attention_supported,
     project_heads,
     self_attention,
+    unsupported,
 )
 from jax_speedrun.model import rotary
+from tests.devices import B200, H100
+from tests.marks import slow
 from tests.numpy_attention import random_mask
 
 EPSILON = 2.0**-23
@@ -146,7 +149,7 @@ def bounds(arguments, gradients, heads):
     results, d_z, d_z_off, along = [], [], [], 0
     for part, g in enumerate(d_heads[:2]):
         z, terms = by_head(x @ weights[part].T), by_head(size_x @ size_w[part].T)
-        y, y_off = r * z, r * (width * F32 * terms + rounding * np.abs(z))  # the plain path rounds z
+        y, y_off = r * z, r * (width * F32 * terms + rounding * np.abs(z))  # xla rounds z
         s = 1 / np.sqrt(mean(y**2) + EPSILON)
         n = s * np.abs(y)
         s_off = s * mean(n * y_off) + 8 * F32  # relative
@@ -157,13 +160,13 @@ def bounds(arguments, gradients, heads):
         gn, gn_off = mean(g * n), mean(g * head_off) + 64 * F32 * mean(g * n)
         d_z.append(r * s * (g + n * gn))
         d_z_off.append(d_z[-1] * (s_off + rounding + 16 * F32) + r * s * pair(head_off * gn + n * gn_off))
-        # The plain path gets epsilon's part as the difference of two sums.
+        # xla gets epsilon's part as the difference of two sums.
         along = along + (EPSILON * (r * s) ** 2 * (gn + gn_off) * n.shape[-1] * 2 * s_off).sum((1, 2))
         along = along + (EPSILON * (r * s) ** 2 * gn_off * n.shape[-1]).sum((1, 2))
         along = along + 64 * F32 * (r**2 * s * g * np.abs(y)).sum((1, 2))
     g = d_heads[2]
     z, terms = by_head(x @ weights[2].T), by_head(size_x @ size_w[2].T)
-    z_off = width * F32 * terms + rounding * (terms + np.abs(z))  # the fast path rounds lambda_0 W
+    z_off = width * F32 * terms + rounding * (terms + np.abs(z))  # hopper rounds lambda_0 W
     v_off, v = r * z_off * l0 + 8 * F32 * r * l0 * np.abs(z), r * l0 * np.abs(z)
     if embedding is not None:
         size = by_head(np.abs(embedding)) * l1
@@ -256,15 +259,27 @@ def runner(implementation, heads):
     options = {"heads": heads, "softmax_scale": SCALE, "epsilon": EPSILON, "implementation": implementation}
 
     def run(arguments, mask, gradients):
-        function = functools.partial(self_attention, mask=mask, attention="xla", interpret=True, **options)
+        function = functools.partial(self_attention, mask=mask, attention="xla", **options)
         results, pull = jax.vjp(function, *arguments)
         return results, pull(tuple(gradients))
 
-    return jax.jit(run)
+    jitted = jax.jit(run)
+
+    def interpreted(*arguments):
+        with interpret_kernels():
+            return jitted(*arguments)
+
+    return interpreted
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
-@pytest.mark.parametrize("case", [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])])
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        ("xla", "random"),
+        ("hopper", "random"),
+        *(slow(name, case) for name in ("xla", "hopper") for case in CASES if case != "random"),
+    ],
+)
 def test_attention_and_gradients_equal_float64(implementation, case):
     sizes = Sizes(tokens=256)
     (x, r, *rest), (past, *_) = inputs(case, sizes, jnp.bfloat16)
@@ -291,7 +306,7 @@ def test_attention_and_gradients_equal_float64(implementation, case):
         assert error <= share * np.linalg.norm(expected) + 1e-30, (name, error / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", slow("hopper")])
 def test_a_norm_sends_nothing_back_along_x(implementation):
     """However small attention's part of the gradient is beside what passes it by: see test_mlp.py.
 
@@ -314,7 +329,7 @@ def test_a_norm_sends_nothing_back_along_x(implementation):
 
 
 @pytest.mark.parametrize("rotated", [0, 3, 4])
-def test_plain_takes_float32_narrow_heads_and_any_number_of_pairs(rotated):
+def test_xla_takes_float32_narrow_heads_and_any_number_of_pairs(rotated):
     assert_heads_close("random", Sizes(24, 16, 3, 8, rotated), jnp.float32)
 
 
@@ -346,7 +361,7 @@ def mask_shapes(tokens):
     return BlockMask(counts, indices, counts, indices, jax.ShapeDtypeStruct((tokens,), jnp.int32), BLOCK_SIZE)
 
 
-def call(*arguments, heads, implementation="fast"):
+def call(*arguments, heads, implementation="hopper"):
     options = {"heads": heads, "softmax_scale": SCALE, "epsilon": EPSILON, "attention": "xla"}
     return self_attention(*arguments, implementation=implementation, **options)
 
@@ -355,16 +370,19 @@ def loss(*arguments, heads):
     return sum(a.astype(jnp.float32).sum() for a in call(*arguments, heads=heads))
 
 
-def test_fast_lowers_for_cuda_at_full_size():
-    """All but the last compiler, ptxas. Of the merged product and its gradient there is nothing."""
+def test_hopper_lowers_for_cuda_at_full_size():
+    """All but the last compiler, ptxas. Of the merged matmul and its gradient there is nothing."""
     run, arrays = functools.partial(loss, heads=6), [*shapes(Sizes(65536, 768, 6)), mask_shapes(65536)]
-    text = jax.jit(jax.grad(run, (0, 2, 3, 4))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("rotary_product", "sum_product", "attention_dq", "attention_dkv"):
+    gradient = jax.jit(jax.grad(run, (0, 2, 3, 4)))
+    with compiling_for_hopper():
+        text = gradient.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("matmul_norm_rotary", "matmul_add", "attention_dq", "attention_dkv"):
         assert kernel in text
     assert "tensor<65536x2304x" not in text
 
 
-def test_fast_lowers_under_checkpoint_in_shard_map():
+@pytest.mark.slow
+def test_hopper_lowers_under_checkpoint_in_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def local_loss(*arguments):
@@ -375,18 +393,21 @@ def test_fast_lowers_under_checkpoint_in_shard_map():
         specs = (P("data"), P("data"), P(), P(), P(), P("data"), P("data"))
         return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
 
-    traced = jax.jit(jax.grad(whole_loss, (0, 2, 4))).trace(*shapes(Sizes(256), mixes=False))
-    assert "attention_dkv" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    gradient = jax.jit(jax.grad(whole_loss, (0, 2, 4)))
+    with compiling_for_hopper():
+        lowered = gradient.trace(*shapes(Sizes(256), mixes=False)).lower(lowering_platforms=("cuda",))
+    assert "attention_dkv" in lowered.as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
 def test_the_gradient_of_the_weights_has_their_dtype(implementation, dtype):
     arrays = [*shapes(Sizes()), mask_shapes(128)]
     arrays[2] = jax.ShapeDtypeStruct(arrays[2].shape, dtype)
     run = functools.partial(call, heads=2, implementation=implementation)
     gradient = jax.grad(lambda *a: run(*a)[1].astype(jnp.float32).sum(), 2)
-    assert jax.eval_shape(gradient, *arrays).dtype == jnp.dtype(dtype)
+    with compiling_for_hopper():
+        assert jax.eval_shape(gradient, *arrays).dtype == jnp.dtype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -401,26 +422,36 @@ def test_the_gradient_of_the_weights_has_their_dtype(implementation, dtype):
         ({"rotated": 64}, "bfloat16", "R = 32, got 64"),
     ],
 )
-def test_what_fast_does_not_take_is_said(change, dtype, message):
+def test_what_hopper_does_not_take_is_said(change, dtype, message):
     sizes = Sizes(**change)
     x, *rest = shapes(sizes)
     run = functools.partial(call, heads=sizes.heads)
-    with pytest.raises(ValueError, match=f"self_attention needs {message}; use implementation='plain'"):
+    with (
+        compiling_for_hopper(),
+        pytest.raises(
+            ValueError, match=f"self_attention: implementation 'hopper' needs {message}; use 'xla' or 'auto'"
+        ),
+    ):
         jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape, dtype), *rest, mask_shapes(128))
 
 
-def test_fast_takes_blocks_of_128_only():
+def test_hopper_takes_blocks_of_128_only():
     mask = dataclasses.replace(mask_shapes(128), block_size=64)
-    with pytest.raises(ValueError, match="self_attention needs a mask in blocks of 128, got 64"):
+    with (
+        compiling_for_hopper(),
+        pytest.raises(
+            ValueError, match="self_attention: implementation 'hopper' needs a mask in blocks of 128, got 64"
+        ),
+    ):
         jax.eval_shape(functools.partial(call, heads=2), *shapes(Sizes()), mask)
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fast"])
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
 @pytest.mark.parametrize(
     ("argument", "shape", "message"),
     [
         (0, (2, 128, 256), r"needs x \(T, D\) and weights \(3, C, D\), got \(2, 128, 256\)"),
-        (1, (128, 1), r"scale must be \(128,\) float32"),
+        (1, (128, 1), r"rstd must be \(128,\) float32"),
         (2, (256, 256), r"needs x \(T, D\) and weights \(3, C, D\), got"),
         (2, (3, 257, 256), "C must be H K with K even, got C = 257 for 2 heads"),
         (3, (128, 128), r"value_embedding must be \(128, 256\)"),
@@ -438,14 +469,14 @@ def test_arrays_that_do_not_fit_together(implementation, argument, shape, messag
         jax.eval_shape(run, *arrays, mask_shapes(128))
 
 
-def test_fast_is_for_hopper_only():
-    class Device:
-        compute_capability = "9.0"
+def test_auto_is_hopper_where_it_runs_and_fits():
+    record = {"tokens": 65536, "width": 768, "channels": 768, "head_width": 128, "rotated": 32}
 
-    sizes = {"tokens": 65536, "width": 768, "heads": 6, "head_width": 128}
-    assert fast_self_attention_supported(Device(), "bfloat16", **sizes)
-    assert not fast_self_attention_supported(Device(), "float32", **sizes)
-    for change in ({"tokens": 1}, {"heads": 5}, {"head_width": 64}):
-        assert not fast_self_attention_supported(Device(), "bfloat16", **sizes | change)
-    Device.compute_capability = "10.0"
-    assert not fast_self_attention_supported(Device(), "bfloat16", **sizes)
+    def automatic(device, dtype, **change):
+        return choose("self_attention", "auto", lambda: unsupported(dtype, **record | change), device=device)
+
+    assert automatic(H100, "bfloat16") == "hopper"
+    assert automatic(H100, "float32") == "xla"
+    for change in ({"tokens": 1}, {"channels": 640}, {"channels": 384, "head_width": 64}, {"block_size": 64}):
+        assert automatic(H100, "bfloat16", **change) == "xla"
+    assert automatic(B200, "bfloat16") == "xla"
