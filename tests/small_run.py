@@ -94,14 +94,17 @@ def start(*arguments: object, cache: Path, **environment: str) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, *, patience: float = PATIENCE_SECONDS) -> str:
-    """Wait for a process, which has to end with `code`: what it said on stderr, or on stdout if `code` is 0."""
+    """Wait for a process, which has to end with `code`: what it said on stderr, or on stdout if all is well.
+
+    It is for 0, and for 128 and the number of a signal after which the run has a checkpoint.
+    """
     try:
         out, error = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
     assert process.returncode == code, out + error
-    return error if code else out
+    return out if code == 0 or code > 128 else error
 
 
 def start_several(count: int, *arguments: object, cache: Path, **environment: str) -> list[subprocess.Popen[str]]:

@@ -1,7 +1,9 @@
 """Token shards cut into batches, with a position that can be saved."""
 
 import bisect
+import fnmatch
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, system_reason
 from ..kernels.block_mask import BLOCK_SIZE
 from .shards import MAX_SHARD_TOKENS, Shard, Tokens, read_shard, write_shard
 
@@ -39,17 +41,19 @@ def find_shards(directory: Path, split: str) -> list[Path]:
     """Return the shards `*_{split}_*.bin` of a folder, in the order in which they are read.
 
     Raises:
-        UsageError: no such folder, or no such shard in it.
+        UsageError: no such folder, one that cannot be read, or no such shard in it.
     """
-    if not directory.is_dir():
-        raise UsageError(f"--data {directory}: no such folder; scripts/prepare_data.py fills one")
-    if shards := sorted(directory.glob(f"*_{split}_*.bin")):
-        return shards
-    if packed := sorted(directory.glob(f"*_{split}_*.bin.xz")):
-        raise UsageError(
-            f"--data {directory}: {packed[0].name} is compressed; unpack with `xz -dk {directory}/*.bin.xz`"
-        )
-    raise UsageError(f"--data {directory}: no *_{split}_*.bin in it; scripts/prepare_data.py makes shards")
+    try:
+        names = sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"--data {directory}: no such folder; prepare_data.py fills one") from error
+    except OSError as error:
+        raise UsageError(f"--data {directory}: cannot be read ({system_reason(error)})") from error
+    if shards := fnmatch.filter(names, f"*_{split}_*.bin"):
+        return [directory / name for name in shards]
+    if packed := fnmatch.filter(names, f"*_{split}_*.bin.xz"):
+        raise UsageError(f"--data {directory}: {packed[0]} is compressed; unpack with `xz -dk {directory}/*.bin.xz`")
+    raise UsageError(f"--data {directory}: no *_{split}_*.bin in it; prepare_data.py makes shards")
 
 
 def first_tokens(directory: Path, length: int) -> Rows:

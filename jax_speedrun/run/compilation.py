@@ -1,5 +1,7 @@
 """How programs are compiled: several side by side, their kernels first, and kept between runs."""
 
+import contextlib
+import errno
 import os
 import stat
 import threading
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled, Lowered, Wrapped
 
+from ..errors import system_reason
+from . import distributed
 from .program_cache import ProgramCache
 
 MAX_BYTES = 4 << 30
@@ -28,17 +32,20 @@ def keep_compiled_programs() -> Path | None:
     write: `$XDG_CACHE_HOME/jax_speedrun`, by default `~/.cache/jax_speedrun`, made with mode 0700.
 
     Returns:
-      The folder, or None if there is no such folder to be had. Then every run compiles anew.
+      The folder, or None if there is no such folder to be had. Then every run compiles anew, and says why.
     """
     if chosen := jax.config.jax_compilation_cache_dir:
         return Path(chosen)
-    folder = _cache_home() / "jax_speedrun"
     try:
+        folder = _cache_home() / "jax_speedrun"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError:
-        return None
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(folder, os.W_OK):
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(errno.EPERM, "others can write there", str(folder))
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        distributed.say(f"cache:      none, so every run compiles anew ({system_reason(error)})")
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -46,9 +53,15 @@ def keep_compiled_programs() -> Path | None:
 
 
 def _cache_home() -> Path:
+    """Raises OSError where the user has no home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
-    return Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
+    if os.path.isabs(named):
+        return Path(named)
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        raise FileNotFoundError(errno.ENOENT, "no home folder, and no XDG_CACHE_HOME")
+    return Path(home) / ".cache"
 
 
 class Call(NamedTuple):
@@ -92,7 +105,7 @@ def compile_together(*calls: Call, cache: ProgramCache | None = None, cache_key:
         return program
 
     # Threads take what was submitted first, so those that wait never keep the kernels from being compiled.
-    with CacheHits() as hits, ThreadPoolExecutor() as pool:
+    with CacheHits() as hits, _threads() as pool:
         programs: list[Compiled | Future[Compiled]] = []
         for call, loaded in zip(calls, pool.map(load, calls), strict=True):
             if loaded is not None:
@@ -104,6 +117,18 @@ def compile_together(*calls: Call, cache: ProgramCache | None = None, cache_key:
                     kernels[key] = pool.submit(compile_kernel, attributes)
             programs.append(pool.submit(compile_after, list(kernels.values()), call, lowered))
         return [program.result() if isinstance(program, Future) else program for program in programs]
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Make threads to be waited for, except by what an interrupt or an error ends: a compilation may take a minute."""
+    pool = ThreadPoolExecutor()
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 class CacheHits(threading.local):

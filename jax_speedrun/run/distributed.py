@@ -7,12 +7,14 @@ here untouched.
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +23,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ..errors import UsageError
+from .last_words import LastWords
 
+ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):(\d+)", re.ASCII)
+REACH_SECONDS = 45
+"""How long the others look for process 0 before they say that it is not there."""
 HEARTBEAT_SECONDS = 40
 """A process not heard of for so long is taken for dead, and the others end. Well over the pauses of starting up."""
 JOIN_SECONDS = 300
@@ -55,7 +61,13 @@ class SharedUsageError(SharedError, UsageError):
     """A `UsageError` of one process that all of them have been told of."""
 
 
-def start(coordinator: str | None, processes: int | None, process_id: int | None, devices: int | None) -> None:
+def start(
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
+    devices: int | None,
+    last_words: LastWords | None = None,
+) -> None:
     """Join the run's other processes, if it has any: those the three options name, or else Slurm or Open MPI.
 
     Must come before JAX's first computation: it starts the backends.
@@ -65,6 +77,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
       processes: how many there are.
       process_id: which of them this is, from 0.
       devices: `--mesh`, over all processes. On a CPU machine each gets its share as virtual devices.
+      last_words: to be said for this process if it is one of several.
 
     Raises:
       UsageError: some of the three options without the others, values that cannot be, or processes that do not come.
@@ -74,22 +87,28 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     if missing and len(missing) < len(options):
         raise UsageError(f"{', '.join(missing)} missing: --coordinator, --processes and --process-id go together")
     if processes is not None and process_id is not None and coordinator is not None:
-        _check(coordinator, processes, process_id)
-        identity = Identity(process_id, processes)
+        identity = _check(coordinator, processes, process_id)
     elif (identity := _launched()).processes == 1:
         return
     count = identity.processes
-    if devices is not None and devices % count:
+    if devices is not None and (devices < 1 or devices % count):
         raise UsageError(f"--mesh {devices} does not divide evenly among {count} processes; use a multiple of {count}")
     global _identity
     _identity = identity
+    if last_words is not None:
+        last_words.watch(f"process {identity.process} of {count}")
+    if coordinator is not None:
+        _require_coordinator(coordinator, identity.process)
     jax.config.update("jax_enable_preemption_service", False)  # preemption.py says why
     # On a GPU machine these are not the devices that the run uses.
     jax.config.update("jax_num_cpu_devices", (devices or count) // count)
     where = f"--coordinator {coordinator}" if coordinator else "the launcher's environment"
-    complaint = f"{where}: the {count} processes do not find each other (%s); start all, with process 0 in reach"
+    complaint = (
+        f"{where}: process {identity.process}: the {count} processes do not find each other (%s); start all, with "
+        "process 0 in reach"
+    )
     # JAX aborts the process, with a stack trace, when it has waited long enough.
-    timer = threading.Timer(JOIN_SECONDS, _give_up, [complaint % f"waited {JOIN_SECONDS} s"])
+    timer = threading.Timer(JOIN_SECONDS, _give_up, [complaint % f"waited {JOIN_SECONDS} s", last_words])
     timer.daemon = True
     timer.start()
     try:
@@ -107,15 +126,13 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
         timer.cancel()
 
 
-def _give_up(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    end_alone(2)
+def _give_up(message: str, last_words: LastWords | None) -> None:
+    print(f"train.py: error: {message}", file=sys.stderr)
+    end_alone(2, last_words)
 
 
-def _check(coordinator: str, processes: int, process_id: int) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, such as node0:12345")
+def _check(coordinator: str, processes: int, process_id: int) -> Identity:
+    _, port = _address(coordinator)
     if processes < 1:
         raise UsageError(f"--processes {processes}: at least 1 is needed")
     if not 0 <= process_id < processes:
@@ -123,9 +140,47 @@ def _check(coordinator: str, processes: int, process_id: int) -> None:
     if process_id == 0:
         # JAX's service crashes on a port that is taken.
         try:
-            socket.create_server(("", int(port))).close()
+            _listen(port).close()
         except OSError as error:
             raise UsageError(f"--coordinator {coordinator}: {error.strerror}; name a free port of process 0") from error
+    return Identity(process_id, processes)
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    match = ADDRESS.fullmatch(coordinator)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, such as node0:12345")
+    return match[1].strip("[]"), int(match[2])
+
+
+def _listen(port: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _require_coordinator(coordinator: str, process: int) -> None:
+    """Wait until the coordinator can be reached; process 0, who is to be it, only looks whether it will be.
+
+    Raises:
+      UsageError: it cannot be, for `REACH_SECONDS`.
+    """
+    host, port = _address(coordinator)
+    deadline = time.monotonic() + REACH_SECONDS
+    with _listen(port) if process == 0 else contextlib.nullcontext():
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=5).close()
+                return
+            except OSError as error:
+                if process != 0 and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                waited = "" if process == 0 else f", waited {REACH_SECONDS} s"
+                raise UsageError(
+                    f"--coordinator {coordinator}: process {process} cannot reach process 0 there "
+                    f"({error.strerror or error}{waited}); start all of them, and see that the name and the port are "
+                    "those of process 0"
+                ) from error
 
 
 def _launched() -> Identity:
@@ -165,14 +220,15 @@ def require_whole(mesh: Mesh) -> None:
 
 
 def exchange(text: str) -> list[str]:
-    """Return what each process says here, by process; cut off at 4,096 bytes. All wait for the last."""
+    """Return what each process says here, by process. All wait for the last."""
     if not several():
         return [text]
-    said = np.zeros(MESSAGE_BYTES, np.uint8)
-    encoded = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
+    encoded = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+    longest = max(multihost_utils.process_allgather(np.int32(encoded.size)))
+    said = np.zeros(longest + -longest % MESSAGE_BYTES, np.uint8)  # few lengths: each is a program to compile
     said[: encoded.size] = encoded
     heard = multihost_utils.process_allgather(said)
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in heard]
+    return [row.tobytes().rstrip(b"\0").decode(errors="surrogateescape") for row in heard]
 
 
 def announce(what: str, value: str) -> None:
@@ -249,11 +305,13 @@ def fails_alone(error: BaseException | None) -> bool:
     return error is not None and several() and not isinstance(error, SharedError)
 
 
-def end_alone(code: int) -> None:
+def end_alone(code: int, last_words: LastWords | None = None) -> NoReturn:
     """End this process now, without waiting for the others to end as well, as the interpreter's exit would.
 
     That breaks off their collectives, or else their heartbeats notice it; so they end too.
     """
+    if last_words is not None:
+        last_words.dismiss()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -266,7 +324,7 @@ def describe_failure(error: BaseException) -> str:
         return f"{who}, and with it the others: {''.join(traceback.format_exception(error)).strip()}"
     return (
         f"{who}: a computation broke off ({first_line(error)}); unless that says why, another process has died, see "
-        "what it said. Go on with --resume"
+        "what it said"
     )
 
 

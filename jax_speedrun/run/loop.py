@@ -1,6 +1,7 @@
 """The host's loop around the step: dispatches steps, and reads each one's metrics while the next is running."""
 
 import math
+import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jax.stages import Compiled
 
 from ..config import Config, cache_key, peak_flops, to_dict
 from ..data.batches import Batch, TokenBatches, prefetch
+from ..data.fingerprint import Fingerprint
 from ..kernels.block_mask import BLOCK_SIZE
 from ..sharding import replicate, split_sequences
 from ..step import Metrics, Params, Program, TrainState
@@ -32,6 +34,13 @@ type Validation = tuple[Array, Array, Array]
 
 class DivergedError(SharedError, RuntimeError):
     """The loss is not a finite number any more."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its last validation loss, nan without one, and the signal that ended it before its last step."""
+
+    val_loss: float
+    preempted_by: signal.Signals | None
 
 
 class Functions(NamedTuple):
@@ -64,7 +73,8 @@ def compile_functions(
 class Loop:
     """Runs a `Program`: with the log (None in processes that write none), the checkpoints and the clock.
 
-    With `trace`, a folder, some steps are traced into it, for xprof or Perfetto.
+    Checkpoints say that it was trained on `data`. With `trace`, a folder, some steps are traced into it, for xprof or
+    Perfetto.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Loop:
         log: RunLog | None,
         checkpoints: Checkpoints,
         clock: StepClock,
+        data: Fingerprint,
         trace: Path | None = None,
     ):
         self.config, self.program, self.log, self.checkpoints, self.clock = config, program, log, checkpoints, clock
@@ -84,15 +95,11 @@ class Loop:
         self.device = mesh.local_devices[0]
         peak = peak_flops(self.device)
         self.peak_flops = None if peak is None else peak * mesh.size
-        self.trace = trace
+        self.data, self.trace = data, trace
         self.pending: tuple[int, Metrics] | None = None
 
-    def run(self, state: TrainState, batches: TokenBatches, validation: Validation, resumed: int | None) -> float:
-        """Train from the first step on, or from step `resumed`, whose checkpoint there is already.
-
-        Returns:
-          The last validation loss, nan if there was none.
-        """
+    def run(self, state: TrainState, batches: TokenBatches, validation: Validation, resumed: int | None) -> Outcome:
+        """Train from the first step on, or from step `resumed`, whose checkpoint there is already."""
         config = self.config
         if resumed is not None:
             say(f"goes on from the checkpoint of step {resumed}/{config.steps}")
@@ -121,12 +128,13 @@ class Loop:
                 self.pending = step, metrics
             self.checkpoints.wait()
         placed.close()
-        if preempted and not last:
-            folder = self.checkpoints.directory.parent
-            say(f"stopped by {preemption.name} after step {step}/{config.steps}; go on with --resume {folder}")
+        unfinished = preempted and not last
+        if unfinished:
+            folder, name = self.checkpoints.directory.parent, preemption.signal.name
+            say(f"stopped by {name} after step {step}/{config.steps}; go on with --resume {folder}")
         if peak := (self.device.memory_stats() or {}).get("peak_bytes_in_use"):
             say(f"peak memory: {peak / 2**30:.1f} GiB a device")
-        return val_loss
+        return Outcome(val_loss, preemption.signal if unfinished else None)
 
     def _trace(self, done: int) -> None:
         """Begin or end the trace where the next step, before which this process has made `done`, asks for it."""
@@ -186,7 +194,12 @@ class Loop:
         self.checkpoints.save(
             step,
             self.program.to_checkpoint(state),
-            {"config": to_dict(self.config), "data_position": position, "clock": self.clock.state()},
+            {
+                "config": to_dict(self.config),
+                "data": self.data,
+                "data_position": position,
+                "clock": self.clock.state(),
+            },
         )
 
 

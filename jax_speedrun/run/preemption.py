@@ -1,6 +1,8 @@
-"""Preemption: SIGTERM, as a cluster sends before it takes a machine away, or Ctrl-C."""
+"""Preemption: SIGTERM, as a cluster sends before it takes a machine away, Ctrl-C, or the terminal going away."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -10,20 +12,48 @@ LEAD = 2
 """Steps that several processes still make once one of them was asked to stop. A process begins step n when step n - 2
 is over, in which all take part; so when one says that all stop before step n, none has begun a later one than n - 1."""
 AGREED_STEP = "jax_speedrun/preempted_before_step"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal where no checkpoint can be written: before the first step, or a second one."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let each of the `SIGNALS` that is not ignored raise `Interrupted` while entered."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Preemption:
-    """Listen for SIGTERM and SIGINT while entered. Several processes stop after the same step, whoever is asked.
+    """Listen for the `SIGNALS` while entered. Several processes stop after the same step, whoever is asked.
 
     A second SIGINT interrupts as usual. A second SIGTERM does nothing: clusters send it to
-    the launcher and to its processes.
+    the launcher and to its processes. What nohup has had ignored stays so.
 
     JAX has a service for such agreements, which stays off: Orbax asks it as well, with the step of
     a checkpoint in the background, and a signal at that moment would be agreed on for a step gone by.
     """
 
     def __init__(self) -> None:
-        self.name = "SIGTERM"
+        self.signal = signal.SIGTERM
+        """Which it was, once `reached`; the same in all processes."""
         self._asked = False
         self._agreed: int | None = None
 
@@ -33,13 +63,17 @@ class Preemption:
             return self._asked
         if self._agreed is None:
             if self._asked:
-                distributed.announce(AGREED_STEP, str(step + LEAD))
-            agreed = distributed.announced(AGREED_STEP)
-            self._agreed = None if agreed is None else int(agreed)
+                distributed.announce(AGREED_STEP, f"{step + LEAD} {self.signal.name}")
+            if (agreed := distributed.announced(AGREED_STEP)) is not None:
+                number, name = agreed.split()
+                self._agreed, self.signal = int(number), signal.Signals[name]
         return self._agreed is not None and step >= self._agreed
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._listen) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self._before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self._listen)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -47,7 +81,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def _listen(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        if not self._asked:
+            self.signal = signal.Signals(number)
         self._asked = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])

@@ -1,6 +1,7 @@
 """A training run: what it needs, in the order in which it is had; loop.py takes it from there."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..config import Config, to_dict
 from ..data.batches import Rows, TokenBatches, find_shards, validation_count, validation_sequences
+from ..data.fingerprint import difference, fingerprint, require_same
 from ..errors import UsageError
 from ..sharding import split_sequences
 from ..step import make_program
@@ -15,7 +17,7 @@ from . import checkpoint, distributed
 from .checkpoint import Checkpoints
 from .lock import locked
 from .log import RunLog, StepClock
-from .loop import TRACED_STEPS, Loop, compile_functions
+from .loop import TRACED_STEPS, Loop, Outcome, compile_functions
 from .program_cache import ProgramCache
 
 
@@ -25,24 +27,22 @@ def train(
     data: Path,
     out: Path,
     *,
-    resume: bool = False,
     resume_step: int | None = None,
+    replace: bool = False,
     profile: bool = False,
     programs: ProgramCache | None = None,
-) -> float:
+) -> Outcome:
     """Train, and write the run's folder `out`. All processes of a run call this alike; the first one writes.
 
     Args:
       config: the run, resolved for the devices of `mesh`.
       mesh: from `sharding.make_mesh`, over the devices of all processes.
       data: a folder with training and validation shards.
-      out: the run's folder; with `resume`, one that holds a checkpoint.
-      resume: go on from a checkpoint, the last one or that of `resume_step`; what the folder has of later steps goes.
+      out: the run's folder; with `resume_step`, one that holds its checkpoint.
+      resume_step: go on from the checkpoint of this step; what the folder has of later steps goes.
+      replace: begin even where `out` holds a run that has no checkpoint and is not finished.
       profile: trace some steps of the first process into `out`/profile.
       programs: where compiled ones are kept between runs.
-
-    Returns:
-      The last validation loss; nan if a signal stopped the run before the first.
 
     Raises:
       UsageError: for data, folders or checkpoints that will not do, before anything is written; later on, for shards
@@ -51,6 +51,17 @@ def train(
     """
     split = split_sequences(mesh)
     with distributed.together():
+        checkpoint.require_usable(out)
+        metadata = {} if resume_step is None else checkpoint.latest(out, resume_step).metadata
+        own = fingerprint(data)
+        if resume_step is not None and (found := difference(metadata["data"], own)) is not None:
+            raise UsageError(
+                f"--data {data}: not the data that the run was trained on, in {metadata['data']['folder']}: {found}; "
+                "give the same shards"
+            )
+    fingerprints = [json.loads(text) for text in distributed.exchange(json.dumps(own))]
+    with distributed.together():
+        require_same(fingerprints)
         batches = TokenBatches(
             find_shards(data, "train"),
             config.sequences,
@@ -61,10 +72,9 @@ def train(
         )
         batches.require_steps(config.steps)
         total, held_out = _validation(config, data, split)
-        start, metadata = checkpoint.latest(out, resume_step) if resume else (None, {})
-        if resume:
+        if resume_step is not None:
             batches.seek(metadata["data_position"])
-        if profile and config.steps - (start or 0) <= TRACED_STEPS.stop:
+        if profile and config.steps - (resume_step or 0) <= TRACED_STEPS.stop:
             raise UsageError(f"--profile: needs more than {TRACED_STEPS.stop} steps; raise --steps, or leave it out")
 
     with contextlib.ExitStack() as folder:
@@ -72,33 +82,36 @@ def train(
         with distributed.together():
             if distributed.is_main_process():
                 folder.enter_context(locked(out))
-                if start is not None:
-                    checkpoint.verify(out, start)
+                if resume_step is not None:
+                    checkpoint.verify(out, resume_step)
                 log = folder.enter_context(
                     RunLog(
                         out,
                         steps=config.steps,
                         tokens_per_step=config.tokens_per_step,
                         config=to_dict(config),
-                        resume_step=start,
+                        data=fingerprints[0],
+                        resume_step=resume_step,
+                        replace=replace,
                     )
                 )
-                if start is not None:
-                    checkpoint.discard_after(out, start)
+                checkpoint.discard_after(out, -1 if resume_step is None else resume_step)
         checkpoints = folder.enter_context(Checkpoints(out))
 
         program = make_program(config, mesh)
         tokens, targets, weights = (distributed.place(split, total, rows) for rows in held_out)
         validation = tokens, targets, weights
         functions = compile_functions(program, config, mesh, validation, programs)
-        if start is None:
+        if resume_step is None:
             state = functions.init(np.uint32(config.seed))
         else:
-            state = program.from_checkpoint(checkpoints.restore(start, program.saved))
+            state = program.from_checkpoint(checkpoint.restore(out, resume_step, program.saved))
         clock = StepClock(**metadata.get("clock", {}))
         trace = out / "profile" if profile and distributed.is_main_process() else None
-        loop = Loop(config, mesh, program, functions, log, checkpoints, clock, trace)
-        return loop.run(state, batches, validation, start)
+        loop = Loop(config, mesh, program, functions, log, checkpoints, clock, fingerprints[0], trace)
+        outcome = loop.run(state, batches, validation, resume_step)
+    distributed.exchange("")  # none ends, which may end the others, while the first still has something to write
+    return outcome
 
 
 def _validation(config: Config, data: Path, split: NamedSharding) -> tuple[int, tuple[Rows, Rows, np.ndarray]]:

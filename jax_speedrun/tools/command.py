@@ -13,15 +13,21 @@ Imports nothing but the standard library: a Python that has PyTorch alone runs c
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from ..errors import UsageError
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an option, like all else that a user can put right; `--help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser for the command `name` that shows `description` as it is written."""
-    return argparse.ArgumentParser(
-        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_command(

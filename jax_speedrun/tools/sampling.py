@@ -4,6 +4,7 @@ One token at a time, by running the whole model on everything so far.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,12 @@ from ..errors import UsageError
 from ..kernels.block_mask import BLOCK_SIZE, DOCUMENT_START
 from ..model import GPT, model_graph
 from ..run import checkpoint
-from ..run.checkpoint import Checkpoints
 from ..schedules import window_blocks
 from ..sharding import make_mesh
 from ..step import Params, make_program
 from .command import make_parser, run_command
+
+OPTIONS = checkpoint.Options(folder="{run}", step="--step {step}", without="train.py --out {run} makes one")
 
 
 class Trained(NamedTuple):
@@ -34,19 +36,18 @@ class Trained(NamedTuple):
     step: int
 
 
-def load(run: Path) -> Trained:
-    """Return parameters and configuration of the newest complete checkpoint of a run.
+def load(run: Path, step: int | None = None) -> Trained:
+    """Return parameters and configuration of a run's newest complete checkpoint, or that of `step`.
 
     Raises:
-      UsageError: if the folder holds none.
+      UsageError: if the folder holds none, or it is damaged.
     """
-    step, metadata = checkpoint.latest(run)
+    step, metadata = checkpoint.latest(run, step, OPTIONS)
+    checkpoint.verify(run, step, OPTIONS)
     mesh = make_mesh(1, 1)
     config = resolve(from_dict(metadata["config"]), mesh.devices.flat[0])
     program = make_program(config, mesh)
-    with Checkpoints(run) as checkpoints:
-        state = checkpoints.restore(step, program.saved)
-    return Trained(config, state.params, step)
+    return Trained(config, checkpoint.restore(run, step, program.saved).params, step)
 
 
 def generate(
@@ -64,8 +65,10 @@ def generate(
     config = trained.config
     if count < 1:
         raise UsageError(f"--tokens must be at least 1, got {count}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, got {temperature}")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
     if not 1 <= top_k <= config.model.vocab_size:
         raise UsageError(f"--top-k must be between 1 and {config.model.vocab_size}, got {top_k}")
     length = 1 + len(prompt) + count
@@ -104,6 +107,7 @@ def generate(
 def parser() -> argparse.ArgumentParser:
     p = make_parser("sample.py", __doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="the folder of a run with a checkpoint")
+    p.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last)")
     p.add_argument("--prompt", default="", help="how the text begins (default: nothing)")
     p.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to write (default: %(default)s)")
     p.add_argument(
@@ -130,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 def sample(options: argparse.Namespace) -> int:
     encoding = load_encoding(tuple(options.bpe_files) if options.bpe_files else None)
     answer = generate(
-        load(options.run),
+        load(options.run, options.step),
         encoding.encode_ordinary(options.prompt),
         options.tokens,
         temperature=options.temperature,

@@ -1,7 +1,15 @@
-"""Train the speedrun recipe: `python scripts/train.py --preset tiny`."""
+"""Train the speedrun recipe: `python scripts/train.py --preset tiny`.
+
+Exit codes: 0 when the last step is done; 2 for what the options, the data or the machine must be put right for, in one
+line; 1 for a loss that is not finite and for other failures. SIGTERM, SIGHUP or Ctrl-C end a run after a checkpoint of
+the step it is at, with code 143, 129 or 130: 128 and the signal's number. So `train.py ... && next` never goes on with
+an unfinished run, and the same command with --auto-resume finishes it.
+"""
 
 import argparse
 import dataclasses
+import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +21,11 @@ from ..errors import UsageError
 from ..kernels.attention.op import Implementation
 from ..run import checkpoint, distributed
 from ..run.compilation import keep_compiled_programs
+from ..run.failures import explain
+from ..run.last_words import LastWords
 from ..run.loop import DivergedError
+from ..run.output import unfailing_output
+from ..run.preemption import Interrupted, interruptible
 from ..run.program_cache import cache_for
 from ..run.train import train
 from ..sharding import make_mesh, start_devices
@@ -21,6 +33,14 @@ from .command import make_parser
 from .cost_model import describe, describe_scaling, planned_device
 
 FINEWEB_DATA = Path("data/fineweb10B")
+SIGNALLED = 128
+"""A signal's exit code is its number and this, as shells have it."""
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,14 +62,23 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--data",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help=f"folder of *_train_*.bin and *_val_*.bin shards "
         f"(default: the tiny data in the package for tiny, else {FINEWEB_DATA})",
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/<time>-<preset>)")
+    run.add_argument("--out", type=_folder, metavar="DIR", help="the run's folder (default: runs/<time>-<preset>)")
     run.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on from the last checkpoint of the run in DIR, with its recipe"
+        "--resume",
+        type=_folder,
+        metavar="DIR",
+        help="go on from the last checkpoint of the run in DIR, with its recipe and, unless --data is given, its data",
+    )
+    run.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="with --out: go on from the last checkpoint there, or begin where there is none yet; for jobs that a "
+        "scheduler submits again by the same command",
     )
     run.add_argument(
         "--resume-step", type=int, metavar="N", help="with --resume: from the checkpoint of step N, not the last one"
@@ -95,55 +124,91 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    try:
-        distributed.start(args.coordinator, args.processes, args.process_id, args.mesh)
-        _run(args, None if args.dry_run else keep_compiled_programs())
-    except (UsageError, DivergedError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-        if distributed.fails_alone(error):
-            distributed.end_alone(code)
-        return code
-    except (Exception, KeyboardInterrupt) as error:
-        if not distributed.fails_alone(error):
-            raise
-        print(f"train.py: error: {distributed.describe_failure(error)}", file=sys.stderr)
-        distributed.end_alone(1)
-    return 0
+    last_words = LastWords()
+    with unfailing_output(), interruptible():
+        try:
+            distributed.start(args.coordinator, args.processes, args.process_id, args.mesh, last_words)
+            code = _run(args, None if args.dry_run else keep_compiled_programs(), last_words)
+        except BaseException as error:
+            code, message = _failure(error, last_words)
+            print(f"train.py: error: {message}", file=sys.stderr)
+            # Nobody waits for those who will not come, nor for a compilation that was interrupted.
+            if isinstance(error, KeyboardInterrupt) or distributed.fails_alone(error):
+                distributed.end_alone(code, last_words)
+        last_words.dismiss()
+    return code
 
 
-def _run(args: argparse.Namespace, compiled: Path | None) -> None:
+def _failure(error: BaseException, last_words: LastWords) -> tuple[int, str]:
+    """Return the exit code and the line for an error, or raise it again if it is none of ours or the user's."""
+    way_on = f"; {last_words.advice}" if last_words.advice else ""
+    if isinstance(error, UsageError | DivergedError):
+        return 2 if isinstance(error, UsageError) else 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        return SIGNALLED + number, f"interrupted by {number.name}, without a checkpoint of where it was{way_on}"
+    if (explanation := explain(error)) is not None:
+        return 1, f"{explanation}{way_on}"
+    if distributed.fails_alone(error):
+        return 1, f"{distributed.describe_failure(error)}{way_on}"
+    raise error
+
+
+def _run(args: argparse.Namespace, compiled: Path | None, last_words: LastWords) -> int:
     fields = {field.name for field in dataclasses.fields(Config)} - {"preset"}
     changes = {name: value for name, value in vars(args).items() if name in fields and value is not None}
     with distributed.together():
-        if args.resume_step is not None and args.resume is None:
-            raise UsageError(f"--resume-step {args.resume_step}: needs --resume DIR")
-        config = _resumed_config(args, changes) if args.resume else _preset(args, changes)
+        _check_options(args)
+        step = _step_to_resume(args)
+    step = json.loads(distributed.exchange(json.dumps(step))[0])  # a shared file system may show it late to the others
+    with distributed.together():
+        saved = None if step is None else checkpoint.latest(args.resume or args.out, step).metadata
+        config = _preset(args, changes) if saved is None else _resumed_config(args, changes, saved)
         mesh = make_mesh(args.mesh, config.sequences)
         distributed.require_whole(mesh)
         device = mesh.devices.flat[0]
         if args.dry_run:
             device = planned_device(config, device)
         config = resolve(config, device)
-    distributed.require_same(config, args.dry_run, args.resume is None, args.resume_step)
+    distributed.require_same(config, args.dry_run, args.resume is None, args.auto_resume, args.resume_step)
     distributed.say(describe(config, mesh, device))
     if args.dry_run:
         distributed.say(describe_scaling(config, mesh.size, device))
-        return
-    data = args.data or (TINY_DATA if config.preset == "tiny" else FINEWEB_DATA)
+        return 0
+    recorded = TINY_DATA if config.preset == "tiny" else FINEWEB_DATA
+    data = args.data or (recorded if saved is None else Path(saved["data"]["folder"]))
     named = args.resume or args.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.preset}"
     out = Path(distributed.exchange(str(named))[0])  # clocks differ
     distributed.say(f"data:       {data}\nrun:        {out}")
-    train(
+    last_words.advise(f"go on with --out {out} --auto-resume")
+    outcome = train(
         config,
         mesh,
         data,
         out,
-        resume=args.resume is not None,
-        resume_step=args.resume_step,
+        resume_step=step,
+        replace=args.auto_resume,
         profile=args.profile,
         programs=cache_for(mesh, compiled),
     )
+    return SIGNALLED + outcome.preempted_by if outcome.preempted_by else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.resume_step is not None and args.resume is None:
+        raise UsageError(f"--resume-step {args.resume_step}: needs --resume DIR")
+    if args.auto_resume and (args.out is None or args.resume is not None):
+        raise UsageError("--auto-resume: needs --out DIR, and no --resume")
+    if args.resume is not None and args.out not in (None, args.resume):
+        raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder; leave out --out")
+
+
+def _step_to_resume(args: argparse.Namespace) -> int | None:
+    """Return the step of the checkpoint to go on from, None where the run begins."""
+    if args.resume is not None:
+        return checkpoint.latest(args.resume, args.resume_step).step
+    steps = checkpoint.complete_steps(args.out) if args.auto_resume else []
+    return steps[-1] if steps else None
 
 
 def _preset(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
@@ -163,19 +228,18 @@ def _auto_preset(args: argparse.Namespace) -> tuple[str, str]:
     data = args.data or FINEWEB_DATA
     try:
         shards = [path for path in find_shards(data, "train") if path.name.startswith("fineweb")]
-    except UsageError:
-        shards = []
+    except UsageError as error:
+        return "tiny", f"there are no FineWeb shards: {error}"
     if not shards:
-        return "tiny", f"there are no FineWeb shards in {data} (scripts/prepare_data.py fineweb fetches them)"
+        return "tiny", f"there are no FineWeb shards in {data} (prepare_data.py fineweb fetches them)"
     return "sub3min", f"there is a GPU ({device.device_kind}) and {data} holds {len(shards)} FineWeb shards"
 
 
-def _resumed_config(args: argparse.Namespace, changes: dict[str, Any]) -> Config:
-    if args.out is not None and args.out != args.resume:
-        raise UsageError(f"--out {args.out}: a resumed run goes on in its own folder; leave out --out")
-    saved = from_dict(checkpoint.latest(args.resume, args.resume_step).metadata["config"])
+def _resumed_config(args: argparse.Namespace, changes: dict[str, Any], metadata: checkpoint.Metadata) -> Config:
+    saved = from_dict(metadata["config"])
     base = saved if args.preset in (None, "auto") else _preset(args, {"seed": saved.seed, "steps": saved.steps})
     wanted = dataclasses.replace(base, **changes)
     if differences := recipe_differences(saved, wanted):
-        raise UsageError(f"--resume {args.resume}: the checkpoint has another configuration: {'; '.join(differences)}")
+        named = f"--resume {args.resume}" if args.resume else f"--out {args.out} --auto-resume"
+        raise UsageError(f"{named}: the checkpoint has another configuration: {'; '.join(differences)}")
     return wanted

@@ -124,7 +124,7 @@ def test_a_signal_saves_and_ends_the_run(number, launch, uninterrupted, tmp_path
     wait_until(lambda: last_step(out) >= 7, process)
     process.send_signal(number)
     asked = time.monotonic()
-    said = finish(process)
+    said = finish(process, 128 + number)
     assert time.monotonic() - asked < 10  # a step takes milliseconds
     step = last_step(out)
     assert 7 <= step < STEPS
@@ -292,7 +292,7 @@ class TestTwoRunsInOneFolder:
         error = refused(capsys, "--resume", out, "--data", data, "--mesh", 1)
         assert f"--out {out}: a run is going on in it (process {process.pid} on " in error
         process.terminate()
-        finish(process)
+        finish(process, 128 + signal.SIGTERM)
         assert list(values(out)) == list(range(last_step(out) + 1))
         require_sound(out, at_least=last_step(out))
 

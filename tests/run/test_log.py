@@ -25,6 +25,7 @@ from jax_speedrun.run.log import RunLog, StepClock
 
 STEPS = 20
 TOKENS = 1024
+DATA = {"folder": "/data", "shards": {}}
 
 
 def open_log(directory: Path, resume_step: int | None = None, console: Console | None = None) -> RunLog:
@@ -33,6 +34,7 @@ def open_log(directory: Path, resume_step: int | None = None, console: Console |
         steps=STEPS,
         tokens_per_step=TOKENS,
         config={"preset": "tiny", "sizes": [1, 2]},
+        data=DATA,
         resume_step=resume_step,
         console=console or Console(file=io.StringIO()),
     )
@@ -65,7 +67,7 @@ def records(directory: Path) -> list[dict[str, float | None]]:
 
 def test_log_lines_are_the_records(tmp_path: Path) -> None:
     with RunLog(
-        tmp_path / "run", steps=1385, tokens_per_step=524288, config={}, console=Console(file=io.StringIO())
+        tmp_path / "run", steps=1385, tokens_per_step=524288, config={}, data=DATA, console=Console(file=io.StringIO())
     ) as log:
         log.validation(0, val_loss=10.82582, train_time_ms=0.0, step_avg_ms=math.nan)
         log.train_step(1, loss=10.8, lr=0.05, window=128, ms=900.0, train_time_ms=0.0, step_avg_ms=math.nan)
@@ -82,7 +84,7 @@ def test_log_lines_are_the_records(tmp_path: Path) -> None:
 def test_the_records_evidence_command_reads_the_logs(tmp_path: Path) -> None:
     for n, val_loss in enumerate((3.2785, 3.2799)):
         with RunLog(
-            tmp_path / str(n), steps=1385, tokens_per_step=1, config={}, console=Console(file=io.StringIO())
+            tmp_path / str(n), steps=1385, tokens_per_step=1, config={}, data=DATA, console=Console(file=io.StringIO())
         ) as log:
             log.validation(1385, val_loss=val_loss, train_time_ms=178712 + n, step_avg_ms=129.97)
         (tmp_path / str(n) / "log.txt").rename(tmp_path / f"{n}.txt")
@@ -136,6 +138,7 @@ def test_config_says_what_ran(tmp_path: Path) -> None:
         pass
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["config"] == {"preset": "tiny", "sizes": [1, 2]}
+    assert description["data"] == DATA
     assert description["versions"]["jax"] == jax.__version__
     assert description["versions"]["numpy"] == np.__version__
     assert description["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -219,7 +222,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with open_log(tmp_path / "run") as log:
         run_steps(log, 0, 3)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(UsageError, match=r"--out .*run.*--resume") as error:
+    with pytest.raises(UsageError, match=r"--out .*run.*--auto-resume") as error:
         open_log(tmp_path / "run")
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before

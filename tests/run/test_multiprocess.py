@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,7 +149,7 @@ def test_one_hangs(victim, pair):
 def test_a_signal_to_one_stops_all(asked, pair, tmp_path):
     pair[asked].terminate()
     sent = time.monotonic()
-    said = [finish(process) for process in pair]
+    said = [finish(process, 128 + signal.SIGTERM) for process in pair]
     assert time.monotonic() - sent < 10
     step = last_step(tmp_path / "run")
     assert f"stopped by SIGTERM after step {step}/2000" in said[0]
@@ -175,6 +176,11 @@ def test_mistakes_are_told_by_all(data, cache, tmp_path):
     errors = pair_with("--data", other)
     assert f"process 1: --data {other}: no *_train_*.bin in it" in errors[0]
     assert f"train.py: error: --data {other}: no *_train_*.bin in it" in errors[1]
+    copy = shutil.copytree(data, tmp_path / "copy")
+    (copy / "words_train_000001.bin").unlink()  # on one node it has not arrived
+    for error in pair_with("--data", copy):
+        said = f"process 1 reads other data than process 0: in its {copy}, words_train_000001.bin is missing"
+        assert said in error
     assert not out.exists()
 
 
@@ -270,7 +276,7 @@ def test_over_ssh(stand_in, tmp_path):
     )
     wait_until(lambda: last_step(out) >= 2, process)
     process.terminate()
-    assert "stopped by SIGTERM after step" in finish(process)
+    assert "stopped by SIGTERM after step" in finish(process, 128 + signal.SIGTERM)
     assert complete_checkpoints(out) == [last_step(out)]
     assert sorted(calls.read_text().split()[:2]) == ["127.0.0.1", "localhost"]
     assert calls.read_text().split()[2:] == ["127.0.0.1"] * 2  # for the signal, and to clear up

@@ -22,9 +22,11 @@ from jax_speedrun.config import (
     resolve,
     to_dict,
 )
-from jax_speedrun.data.batches import write_shard
+from jax_speedrun.data.batches import read_shard, write_shard
+from jax_speedrun.data.fingerprint import fingerprint
+from jax_speedrun.errors import UsageError
 from jax_speedrun.run import checkpoint
-from jax_speedrun.run.loop import DivergedError, Loop
+from jax_speedrun.run.loop import DivergedError, Loop, Outcome
 from jax_speedrun.run.program_cache import ProgramCache
 from jax_speedrun.run.train import train
 from jax_speedrun.sharding import make_mesh
@@ -104,8 +106,7 @@ def losses(out):
 @pytest.fixture(scope="module")
 def reference_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "reference"
-    val_loss = run(CONFIG, 1, data, out)
-    return out, val_loss
+    return out, run(CONFIG, 1, data, out).val_loss
 
 
 class TestWholeRun:
@@ -191,7 +192,7 @@ class TestResume:
 
     def test_continues_bit_for_bit(self, data, reference_run, out):
         assert checkpoint.latest(out)[0] == 10
-        run(CONFIG, 1, data, out, resume=True)
+        run(CONFIG, 1, data, out, resume_step=10)
         assert losses(out) == losses(reference_run[0])
         assert metrics(out)[20]["val_loss"] == metrics(reference_run[0])[20]["val_loss"]
         assert sorted(metrics(out)) == list(range(21))
@@ -202,7 +203,7 @@ class TestResume:
 
     @pytest.mark.slow
     def test_on_other_devices(self, data, reference_run, out):
-        run(CONFIG, 4, data, out, resume=True)
+        run(CONFIG, 4, data, out, resume_step=10)
         np.testing.assert_allclose(losses(out), losses(reference_run[0]), rtol=1e-4)
 
     def test_configurations_are_compared_field_by_field(self):
@@ -211,6 +212,52 @@ class TestResume:
         assert recipe_differences(saved, dataclasses.replace(CONFIG, attention="xla", preset="x")) == []
         other = dataclasses.replace(CONFIG, steps=30, model=dataclasses.replace(CONFIG.model, width=32))
         assert recipe_differences(saved, other) == ["steps (20 -> 30)", "model.width (16 -> 32)"]
+
+
+class TestOtherData:
+    """A run goes on with the text that it was trained on, wherever that lies, and with no other."""
+
+    @pytest.fixture
+    def out(self, interrupted_run, tmp_path):
+        return Path(shutil.copytree(interrupted_run, tmp_path / "run"))
+
+    @pytest.fixture
+    def copy(self, data, tmp_path):
+        return Path(shutil.copytree(data, tmp_path / "copy"))
+
+    def test_its_record(self, data, out):
+        recorded = json.loads((out / "config.json").read_text())["data"]
+        assert recorded == fingerprint(data) == checkpoint.latest(out).metadata["data"]
+
+    @pytest.mark.parametrize(
+        ("shard", "change", "reason"),
+        [
+            ("words_train_000001.bin", "rewritten", "holds other tokens"),
+            ("words_val_000000.bin", "rewritten", "holds other tokens"),
+            ("words_train_000001.bin", "removed", "is missing"),
+            ("words_train_000002.bin", "added", "is new"),
+        ],
+    )
+    def test_is_refused_by_name(self, shard, change, reason, data, out, copy):
+        if change == "removed":
+            (copy / shard).unlink()
+        else:
+            like = copy / shard if change == "rewritten" else copy / "words_train_000001.bin"
+            write_shard(copy / shard, np.roll(read_shard(like), 7))
+        before = (out / "log.txt").read_bytes()
+        with pytest.raises(UsageError, match=f"--data {copy}: not the data .* trained on, in {data}: {shard} {reason}"):
+            run(CONFIG, 1, copy, out, resume_step=10)
+        assert (out / "log.txt").read_bytes() == before
+
+    @pytest.mark.slow
+    def test_the_same_elsewhere_is_fine(self, reference_run, out, copy):
+        run(CONFIG, 1, copy, out, resume_step=10)
+        assert losses(out) == losses(reference_run[0])
+
+    def test_without_an_option_it_is_the_recorded_folder(self, data, reference_run, out, capsys):
+        assert command.main(["--resume", str(out), "--mesh", "1"]) == 0
+        assert f"data:       {data}\n" in capsys.readouterr().out
+        assert losses(out) == losses(reference_run[0])
 
 
 def test_programs_are_kept_by_what_they_come_from():
@@ -391,7 +438,7 @@ class TestBadInput:
 
     def test_output_folder_holds_a_run(self, capsys, tmp_path, reference_run):
         before = (reference_run[0] / "log.txt").read_text()
-        self.check(capsys, tmp_path, "--preset", "tiny", "--out", reference_run[0], mentions=["--out", "--resume"])
+        self.check(capsys, tmp_path, "--preset", "tiny", "--out", reference_run[0], mentions=["--out", "--auto-resume"])
         assert (reference_run[0] / "log.txt").read_text() == before
 
     def test_out_of_data(self, capsys, tmp_path):
@@ -417,7 +464,7 @@ def test_dry_run_compiles_and_writes_nothing(capsys, tmp_path, monkeypatch):
 
 
 def test_compiled_programs_are_kept_in_the_users_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "train", lambda *_, **__: None)
+    monkeypatch.setattr(command, "train", lambda *_, **__: Outcome(3.28, None))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
     try:

@@ -108,6 +108,7 @@ def train(training: "Training", options: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     from ...data.batches import TokenBatches, find_shards, prefetch, validation_sequences
+    from ...data.fingerprint import fingerprint
     from ...run.log import RunLog
 
     on_gpu = training.device.type == "cuda"
@@ -129,7 +130,15 @@ def train(training: "Training", options: argparse.Namespace) -> None:
         log = None
         if rank == 0:
             config, tokens = _describe(training, options), options.sequences * SEQUENCE_LENGTH
-            log = stack.enter_context(RunLog(options.out, steps=training.steps, tokens_per_step=tokens, config=config))
+            log = stack.enter_context(
+                RunLog(
+                    options.out,
+                    steps=training.steps,
+                    tokens_per_step=tokens,
+                    config=config,
+                    data=fingerprint(options.data),
+                )
+            )
         _loop(training, (batch for _, batch in placed), validation, Report(training, log))
     if on_gpu and rank == 0:
         print(f"peak memory: {torch.cuda.max_memory_allocated(training.device) / 2**30:.1f} GiB", flush=True)

@@ -112,7 +112,7 @@ class FakeTraining:
 
 def run_loop(training, folder):
     batches = ((10 * step, 10 * step + 1) for step in range(training.steps))
-    with RunLog(folder, steps=training.steps, tokens_per_step=1000, config={}) as log:
+    with RunLog(folder, steps=training.steps, tokens_per_step=1000, config={}, data={}) as log:
         reference_run._loop(training, batches, ("tokens", "targets"), reference_run.Report(training, log))
 
 
