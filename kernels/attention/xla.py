@@ -10,6 +10,10 @@ walk ends after the longest list of the group. So time and memory follow the vis
     blocks     [3]              block 3 meets     3        -        -
     (a group)  [4][3]           block 4 meets     4        3        -
 
+A matmul multiplies masked pairs too, by a weight of 0, and 0 x NaN is NaN. So what is not finite never enters one as a
+right operand: 0 takes its place, and NaN stands where the mask can hide it, in a score. Where a query sees a key or a
+value that is not finite, its output in that head is NaN; where it does not, nothing of it is felt, nor in gradients.
+
 The backward pass walks twice: by query block for dQ, and by key block (the
 transposed lists) for dK and dV, so that nothing is ever added by two writers
 and the result is deterministic.
@@ -111,6 +115,11 @@ def _walk[State](
     return jax.tree.map(lambda x: x.reshape(groups * group, *x.shape[2:])[:blocks], states)
 
 
+def _finite(*arrays: Array) -> Array:
+    """Return for which tokens and heads all of some (T, H, K) arrays are finite: (T, H, 1)."""
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(x).all(axis=-1, keepdims=True) for x in arrays))
+
+
 def _query_sees_key(query: _Rows, key: _Rows) -> Array:
     causal_GQC = query.position_GC[:, :, None] >= key.position_GC[:, None, :]
     return (causal_GQC & (query.document_GC[:, :, None] == key.document_GC[:, None, :]))[:, None]
@@ -132,6 +141,9 @@ def _forward(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: f
     tokens, heads, width = q_THK.shape
     size = mask.block_size
     dtype = jnp.promote_types(q_THK.dtype, jnp.float32)
+
+    finite_TH1 = _finite(k_THK, v_THK)
+    k_THK, v_THK = jnp.where(finite_TH1, k_THK, jnp.nan), jnp.where(finite_TH1, v_THK, 0)
 
     def start(group: int) -> _Softmax:
         return (
@@ -160,7 +172,7 @@ def _forward(q_THK: Array, k_THK: Array, v_THK: Array, mask: BlockMask, scale: f
         _split((q_THK,), mask), _split((k_THK, v_THK), mask), mask, start, visit, _query_sees_key
     )
     # An empty row has total 0 and output 0; +inf as its log-sum-exp zeroes its weights in the backward pass.
-    seen_BHQ = total_BHQ > 0
+    seen_BHQ = total_BHQ != 0  # or NaN
     output_BHQK = output_BHQK / jnp.where(seen_BHQ, total_BHQ, 1)[..., None]
     log_sum_BHQ = jnp.where(seen_BHQ, maximum_BHQ + jnp.log(jnp.where(seen_BHQ, total_BHQ, 1)), jnp.inf)
     output_THK = jnp.swapaxes(output_BHQK, 1, 2).reshape(tokens, heads, width).astype(q_THK.dtype)
@@ -181,7 +193,13 @@ def _backward(scale: float, residuals: _Residuals, d_output_THK: Array) -> tuple
     dtype = log_sum_TH.dtype
     # Each row's sum of weight x weight gradient, which softmax's derivative subtracts.
     delta_TH = jnp.sum(output_THK.astype(dtype) * d_output_THK.astype(dtype), axis=-1)
-    queries = _split((q_THK, d_output_THK.astype(q_THK.dtype), log_sum_TH, delta_TH), mask)
+    d_output_THK = d_output_THK.astype(q_THK.dtype)
+    # A query that has seen what is not finite is such itself, by its delta. Its weights become NaN by its log-sum-exp.
+    finite_TH1 = _finite(q_THK, d_output_THK, delta_TH[..., None])
+    q_THK, d_output_THK = (jnp.where(finite_TH1, x, 0) for x in (q_THK, d_output_THK))
+    log_sum_TH, delta_TH = (jnp.where(finite_TH1[..., 0], x, y) for x, y in ((log_sum_TH, jnp.nan), (delta_TH, 0)))
+    k_THK, v_THK = (jnp.where(_finite(k_THK, v_THK), x, 0) for x in (k_THK, v_THK))
+    queries = _split((q_THK, d_output_THK, log_sum_TH, delta_TH), mask)
     keys = _split((k_THK, v_THK), mask)
 
     def weights_and_score_grads(query: _Rows, key: _Rows, visible: Array) -> tuple[Array, Array]:
@@ -190,7 +208,7 @@ def _backward(scale: float, residuals: _Residuals, d_output_THK: Array) -> tuple
         log_sum_GHQ1, delta_GHQ1 = (jnp.swapaxes(x, 1, 2)[..., None] for x in (log_sum_GQH, delta_GQH))
         weights_GHQC = jnp.where(visible, jnp.exp(_scores(q_GQHK, k_GCHK, scale) - log_sum_GHQ1), 0)
         d_weights_GHQC = _dot("gqhk,gchk->ghqc", do_GQHK, v_GCHK)
-        return weights_GHQC, scale * weights_GHQC * (d_weights_GHQC - delta_GHQ1)
+        return weights_GHQC, jnp.where(visible, scale * weights_GHQC * (d_weights_GHQC - delta_GHQ1), 0)
 
     def visit_keys(dq_GQHK: Array, query: _Rows, key: _Rows, visible: Array) -> Array:
         _, d_scores_GHQC = weights_and_score_grads(query, key, visible)

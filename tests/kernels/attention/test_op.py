@@ -80,6 +80,63 @@ def test_empty_rows_give_zero_and_no_nan():
             np.testing.assert_array_equal(result, 0)
 
 
+POISONS = {"NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+def spread(bad, visible):
+    """Where what is not finite must show, by token and head: in the output, in dq, and in dk and dv."""
+    sees_a_bad_key = np.einsum("ts,sh->th", visible.astype(int), (bad["k"] | bad["v"]).astype(int)) > 0
+    sees_any = visible.any(1)[:, None]
+    output = (bad["q"] & sees_any) | sees_a_bad_key
+    queries = output | (bad["do"] & sees_any)
+    return output, queries, np.einsum("ts,th->sh", visible.astype(int), queries.astype(int)) > 0
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("where", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_a_query_does_not_see_is_not_felt(implementation, where, poison):
+    """In blocks that no list names, and masked in blocks that one does. What is seen shows."""
+    untouched_and_touched = np.zeros(2, int)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        mask, visible = random_mask(rng, blocks=6, block_size=8, density=0.15)
+        inputs = dict(zip(("q", "k", "v", "do"), random_inputs(rng, 48, 2, 16), strict=True))
+        bad = {name: np.zeros((48, 2), bool) for name in inputs}
+        bad[where][rng.integers(0, 48, 3), rng.integers(0, 2, 3)] = True
+        clean = dense_attention(*inputs.values(), visible, SCALE)
+        spoilt = inputs | {where: jnp.where(bad[where][..., None], POISONS[poison], inputs[where])}
+        results = RUN[implementation](*spoilt.values(), mask)
+        output, queries, keys = spread(bad, visible)
+        for got, want, touched in zip(results, clean, (output, queries, keys, keys), strict=True):
+            np.testing.assert_allclose(np.asarray(got)[~touched], want[~touched], atol=3e-5)
+            if implementation == "xla" or got is results[0]:
+                assert not np.isfinite(np.asarray(got)[touched]).any()
+            untouched_and_touched += [(~touched).sum(), touched.sum()]
+    assert (untouched_and_touched > 100).all()
+
+
+@pytest.mark.parametrize("where", ["k", "v", "do"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_poison_shows_what_a_recipe_mask_lets_through(implementation, where):
+    """At one token in the middle of a document and of a block: as one looks for a leak of the future."""
+    tokens = np.full(512, 7)
+    tokens[[0, 130, 300]] = 50256
+    at = 200
+    long, _ = long_short_masks(jnp.asarray(tokens), 2)
+    inputs = dict(zip(("q", "k", "v", "do"), random_inputs(np.random.default_rng(7), 512, 1, 16), strict=True))
+    inputs[where] = inputs[where].at[at].set(jnp.nan)
+    output, dq, dk, dv = (np.isfinite(np.asarray(x)).all((1, 2)) for x in RUN[implementation](*inputs.values(), long))
+    later, before = np.arange(512), np.arange(512)
+    later, before = (later >= at) & (later < 300), (before <= at) & (before >= 130)
+    np.testing.assert_array_equal(output, ~later if where != "do" else np.ones(512, bool))
+    np.testing.assert_array_equal(dq, ~later if where != "do" else np.arange(512) != at)
+    touched = before if where == "do" else (np.arange(512) >= 130) & (np.arange(512) < 300)
+    assert dk[~touched].all()
+    assert dv[~touched].all()
+    assert not dk[touched].any()
+
+
 def test_large_scores_do_not_overflow():
     rng = np.random.default_rng(4)
     mask, visible = random_mask(rng, blocks=4, block_size=8, density=0.8)

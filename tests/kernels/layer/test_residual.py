@@ -122,10 +122,13 @@ def test_add_linear_equals_float64(implementation, size):
         assert (error <= 1.01 * BF16 * np.abs(want) + tokens * F32 * terms).all()
 
 
+EVERYTHING = (Config(), "weighted term", True)
+
+
 @pytest.mark.parametrize(
     ("config", "term", "addend"),
     [
-        everything := (Config(), "weighted term", True),
+        EVERYTHING,
         *(
             slow(*case)
             for case in itertools.product(
@@ -133,7 +136,7 @@ def test_add_linear_equals_float64(implementation, size):
                 [None, "term", "weighted term"],
                 [False, True],
             )
-            if case != everything
+            if case != EVERYTHING
         ),
     ],
 )
