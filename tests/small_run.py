@@ -74,7 +74,9 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def start(*arguments: object, cache: Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: object, cache: Path, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[str]:
     """The script with `arguments`, its compiled programs in the folder `cache`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "OMPI_"))}
     return subprocess.Popen(
@@ -87,8 +89,8 @@ def start(*arguments: object, cache: Path, **environment: str) -> subprocess.Pop
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
         text=True,
     )
 

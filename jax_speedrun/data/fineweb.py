@@ -13,10 +13,12 @@ from .batches import read_shard
 from .tokenise import incoming_folder
 
 FINEWEB_REPOSITORY = "kjj0/fineweb10B-gpt2"
+FINEWEB_REVISION = "main"
+"""Of the repository: a branch, a tag or, to be sure of the very same bytes for ever, a commit."""
 FINEWEB_TRAIN_SHARDS = 103
 
 
-def fetch_fineweb(out: Path, shards: int) -> list[Path]:
+def fetch_fineweb(out: Path, shards: int, revision: str = FINEWEB_REVISION) -> list[Path]:
     """Download FineWeb-10B's validation shard and the first `shards` training shards of 100 M tokens each.
 
     Files already in `out` that are whole and right (size, sha256) are kept, any other is fetched. A run that was cut
@@ -30,7 +32,9 @@ def fetch_fineweb(out: Path, shards: int) -> list[Path]:
         raise UsageError(f"--shards {shards}: FineWeb-10B has 1 to {FINEWEB_TRAIN_SHARDS} training shards")
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in range(1, shards + 1))]
     with _hub_errors("the list of files"):
-        entries = huggingface_hub.HfApi().get_paths_info(FINEWEB_REPOSITORY, names, repo_type="dataset")
+        entries = huggingface_hub.HfApi().get_paths_info(
+            FINEWEB_REPOSITORY, names, revision=revision, repo_type="dataset"
+        )
     facts = {entry.path: entry.lfs for entry in entries if isinstance(entry, huggingface_hub.RepoFile) and entry.lfs}
     if missing := [name for name in names if name not in facts]:
         raise UsageError(f"{missing[0]}: not in {FINEWEB_REPOSITORY}; ask for fewer --shards")
@@ -43,7 +47,9 @@ def fetch_fineweb(out: Path, shards: int) -> list[Path]:
                 continue
             with _hub_errors(name):
                 path = Path(
-                    huggingface_hub.hf_hub_download(FINEWEB_REPOSITORY, name, repo_type="dataset", local_dir=incoming)
+                    huggingface_hub.hf_hub_download(
+                        FINEWEB_REPOSITORY, name, revision=revision, repo_type="dataset", local_dir=incoming
+                    )
                 )
             if not _is_intact(path, lfs.size, lfs.sha256):
                 raise UsageError(f"{name}: what came differs from the size or sha256 the hub gives; try again later")

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tiktoken
 import tiktoken.load
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -37,6 +39,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 PIECE_CHARACTERS = 1 << 16
 GROUP_PIECES = 32  # encoded by one thread at a time
 READ_CHARACTERS = 1 << 20
+INCOMING, LOCK = ".incoming-", ".lock"
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
 
@@ -154,13 +157,18 @@ def prepare_text(
 def incoming_folder(out: Path) -> Iterator[Path]:
     """Make a temporary folder inside `out`, so that a rename stays within one file system; gone afterwards in any case.
 
+    Only kill -9 leaves one behind; the next call removes it, unless its process is still there.
+
     Raises:
         UsageError: `out` cannot be made or written.
     """
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incoming-", dir=out) as folder:
+        for left in out.glob(f"{INCOMING}*"):
+            with suppress(Timeout), FileLock(left / LOCK, blocking=False):
+                shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=INCOMING, dir=out) as folder, FileLock(Path(folder) / LOCK):
             yield Path(folder)
     except OSError as error:
         raise UsageError(f"--out {out}: {error.strerror or error}; give a folder that can be written") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import UsageError
+from ..errors import UsageError, system_reason
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -40,8 +40,9 @@ def locked(directory: Path) -> Iterator[None]:
             f"--out {directory}: a run is going on in it ({_holder(path)}); wait for it, or name another folder"
         ) from error
     except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"--out {directory}: cannot write there ({reason}); name another folder") from error
+        raise UsageError(
+            f"--out {directory}: cannot write there ({system_reason(error)}); name another folder"
+        ) from error
     try:
         yield
     finally:

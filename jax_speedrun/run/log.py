@@ -143,6 +143,9 @@ class RunLog:
                 atomic_write(description, lambda path: path.write_text(text, encoding="utf-8"))
             lines = _log_lines_until(log, resume_step or 0)
             self._log = _reopen(log, [f"{line}\n".encode() for line in lines])
+            self._validations_logged = {
+                int(m["step"]) for line in lines if (m := _LOG_LINE.fullmatch(line)) and m["val"]
+            }
             history = _records_until(metrics, resume_step or 0)
             encoded = [_encode(record) for record in history]
             self._metrics = _reopen(metrics, encoded)
@@ -207,11 +210,12 @@ class RunLog:
 
         A resumed run may validate the step it starts from again: the folder keeps the first answer.
         """
-        if step in self._val_losses:
-            return
         time_spent = f"train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
         line = f"step:{step}/{self._steps} val_loss:{val_loss:.4f} {time_spent}"
-        self._write_log(line)
+        if step not in self._validations_logged:
+            self._write_log(line)
+        if step in self._val_losses:
+            return
         self._write_metrics(step, val_loss=val_loss)
         self._val_losses[step] = val_loss
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

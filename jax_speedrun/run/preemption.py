@@ -1,44 +1,16 @@
 """Preemption: SIGTERM, as a cluster sends before it takes a machine away, Ctrl-C, or the terminal going away."""
 
-import contextlib
 import signal
-from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
+from ..errors import SIGNALS
 from . import distributed
 
 LEAD = 2
 """Steps that several processes still make once one of them was asked to stop. A process begins step n when step n - 2
 is over, in which all take part; so when one says that all stop before step n, none has begun a later one than n - 1."""
 AGREED_STEP = "jax_speedrun/preempted_before_step"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal where no checkpoint can be written: before the first step, or a second one."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.signal = signal.Signals(number)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let each of the `SIGNALS` that is not ignored raise `Interrupted` while entered."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Preemption:

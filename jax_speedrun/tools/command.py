@@ -11,11 +11,12 @@ Imports nothing but the standard library: a Python that has PyTorch alone runs c
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import UsageError
+from ..errors import SIGNALLED, Interrupted, UsageError, interruptible
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,14 +36,15 @@ def run_command(
 ) -> int:
     """Parse `arguments` (None: the process' own), do the work, and return the exit code.
 
-    A UsageError becomes a line on stderr and the code 2, an interrupt from the keyboard a line and 130.
+    A UsageError becomes a line on stderr and the code 2, a signal a line and 128 and its number: 130 for Ctrl-C.
     """
     options = parser.parse_args(arguments)
     try:
-        return work(options)
+        with interruptible():
+            return work(options)
     except UsageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"{parser.prog}: stopped", file=sys.stderr)
-        return 130
+        return SIGNALLED + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..data.fineweb import FINEWEB_TRAIN_SHARDS, fetch_fineweb
+from ..data.fineweb import FINEWEB_REVISION, FINEWEB_TRAIN_SHARDS, fetch_fineweb
 from ..data.tokenise import load_encoding, prepare_text
 from .command import make_parser, run_command
 from .layout import wrap
@@ -51,12 +51,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"training shards of 100 M tokens (200 MB) each, at most {FINEWEB_TRAIN_SHARDS} (default: %(default)s)",
     )
+    fineweb.add_argument(
+        "--revision",
+        default=FINEWEB_REVISION,
+        metavar="COMMIT",
+        help="of the hub's repository, for the very same bytes for ever (default: %(default)s, as it is now)",
+    )
     return p
 
 
 def run(options: argparse.Namespace) -> int:
     if options.command == "fineweb":
-        shards = fetch_fineweb(options.out, options.shards)
+        shards = fetch_fineweb(options.out, options.shards, options.revision)
     else:
         shards = prepare_text(
             options.files,

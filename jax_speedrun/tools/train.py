@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from ..config import KERNELS, PRESETS, Config, from_dict, recipe_differences, resolve
 from ..data.batches import TINY_DATA, find_shards
-from ..errors import UsageError
+from ..errors import SIGNALLED, Interrupted, UsageError, interruptible
 from ..kernels.attention.op import Implementation
 from ..run import checkpoint, distributed
 from ..run.compilation import keep_compiled_programs
@@ -25,7 +25,6 @@ from ..run.failures import explain
 from ..run.last_words import LastWords
 from ..run.loop import DivergedError
 from ..run.output import unfailing_output
-from ..run.preemption import Interrupted, interruptible
 from ..run.program_cache import cache_for
 from ..run.train import train
 from ..sharding import make_mesh, start_devices
@@ -33,8 +32,6 @@ from .command import make_parser
 from .cost_model import describe, describe_scaling, planned_device
 
 FINEWEB_DATA = Path("data/fineweb10B")
-SIGNALLED = 128
-"""A signal's exit code is its number and this, as shells have it."""
 
 
 def _folder(text: str) -> Path:

@@ -28,7 +28,9 @@ TOKENS = 1024
 DATA = {"folder": "/data", "shards": {}}
 
 
-def open_log(directory: Path, resume_step: int | None = None, console: Console | None = None) -> RunLog:
+def open_log(
+    directory: Path, resume_step: int | None = None, console: Console | None = None, replace: bool = False
+) -> RunLog:
     return RunLog(
         directory,
         steps=STEPS,
@@ -36,6 +38,7 @@ def open_log(directory: Path, resume_step: int | None = None, console: Console |
         config={"preset": "tiny", "sizes": [1, 2]},
         data=DATA,
         resume_step=resume_step,
+        replace=replace,
         console=console or Console(file=io.StringIO()),
     )
 
@@ -334,3 +337,93 @@ def test_clock_that_is_paused_cannot_tick() -> None:
     clock.pause()
     with pytest.raises(RuntimeError, match="resume"):
         clock.tick()
+
+
+DAMAGE = {
+    "an empty line": lambda lines: [*lines[:3], b"\n", *lines[3:]],
+    "a cut line": lambda lines: [*lines[:3], lines[3][: len(lines[3]) // 2] + b"\n", *lines[4:]],
+    "zeros, as after a power cut": lambda lines: [*lines[:3], bytes(40) + b"\n", *lines[4:]],
+    "no UTF-8": lambda lines: [*lines[:3], b"\xff\xfe" + lines[3], *lines[4:]],
+    "a step twice": lambda lines: [*lines[:5], *lines[3:]],
+    "nothing left": lambda lines: [],
+    "no line end": lambda lines: [*lines[:-1], lines[-1].rstrip(b"\n")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+def test_a_damaged_log_does_not_block_a_checkpoint(
+    name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path) as log:
+        run_steps(log, 0, 14, validate=(0, 10))
+    lines = (tmp_path / name).read_bytes().splitlines(keepends=True)
+    (tmp_path / name).write_bytes(b"".join(DAMAGE[damage](lines)))
+    with open_log(tmp_path, resume_step=10) as log:
+        run_steps(log, 10, STEPS, validate=(10, STEPS))
+    steps = [record["step"] for record in records(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert set(range(11, STEPS + 1)) <= set(steps)
+    log_lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(log_lines) == len(set(log_lines))
+    assert all(line.startswith(("step:", "resumed:10/")) for line in log_lines)
+    kept = {"an empty line", "a step twice", "no line end"}
+    lost = 0 if damage in kept else {"nothing left": 11}.get(damage, 1)
+    if name == "metrics.jsonl":
+        assert set(range(STEPS + 1)) - set(steps) <= {0, *range(1, 11)}
+        assert len(set(range(STEPS + 1)) - set(steps)) <= lost
+    left_out = f"{tmp_path / name}: 1 damaged line(s) left out" in capsys.readouterr().err
+    assert left_out == (damage in {"a cut line", "zeros, as after a power cut", "no UTF-8"})
+
+
+@pytest.mark.parametrize("form", [{"indent": 2}, {"separators": (",", ":")}, {"sort_keys": True}])
+def test_metrics_in_another_form_are_read(form: dict, tmp_path: Path) -> None:
+    """As some editor or `jq` may have written them."""
+    with open_log(tmp_path / "a") as log:
+        run_steps(log, 0, 12, validate=(0, 10))
+    before = records(tmp_path / "a")
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(json.dumps(record, **form) for record in before))
+    with open_log(tmp_path / "a", resume_step=10) as log:
+        pass
+    assert records(tmp_path / "a") == before[:11]
+
+
+NO_RECORDS = ['{"step": -1}', '{"step": true}', '{"step": "7"}', "[]", "7", '{"step": 3, "loss": "low"}', '{"loss": 1}']
+
+
+@pytest.mark.parametrize("line", [*NO_RECORDS, '{"step": 3, "loss": Infinity}', "[" * 100_000])
+def test_what_is_no_record_is_left_out(line: str, tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        run_steps(log, 0, 2)
+    before = records(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with open_log(tmp_path, resume_step=2):
+        pass
+    assert records(tmp_path) == before
+
+
+def test_an_unfinished_run_without_a_checkpoint_gives_way_if_asked(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        run_steps(log, 0, 7, validate=(0, 5))
+    with open_log(tmp_path, replace=True) as log:
+        run_steps(log, 0, 2)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    assert not (tmp_path / "loss.png").exists()
+    with open_log(tmp_path, replace=True) as log:
+        run_steps(log, 0, STEPS, validate=(STEPS,))
+    before = (tmp_path / "log.txt").read_bytes()
+    with pytest.raises(UsageError, match="holds a finished run without a checkpoint; name another folder"):
+        open_log(tmp_path, replace=True)
+    assert (tmp_path / "log.txt").read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loss.png").mkdir()  # in its way
+    with open_log(tmp_path, resume_step=0) as log:
+        run_steps(log, 0, 12, validate=(4, 8, 12))
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path / 'loss.png'}: cannot be drawn (" in said
+    assert "the run goes on without it" in said
