@@ -20,14 +20,22 @@ DATA_AXIS = "data"
 
 
 def start_devices(count: int | None) -> list[jax.Device]:
-    """The machine's devices. Without an accelerator: `count` virtual CPU devices, or one a core, at most 8.
+    """Return the machine's devices. Without an accelerator: `count` virtual CPU devices, or one a core, at most 8.
 
     Must come before JAX's first computation: it starts the backends.
+
+    Raises:
+      UsageError: JAX finds none.
     """
     # Once JAX has started the number is fixed, and what there is has to do.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count or min(os.cpu_count() or 1, 8))
-    return jax.devices()
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = f" for JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}" if "JAX_PLATFORMS" in os.environ else ""
+        reason = str(error).strip().partition("\n")[0] or "it does not say why"
+        raise UsageError(f"JAX finds no device to run on{named} ({reason}); JAX_PLATFORMS=cpu always works") from error
 
 
 def make_mesh(devices: int | None, sequences: int) -> Mesh:

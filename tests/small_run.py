@@ -74,10 +74,8 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def start(
-    *arguments: object, cache: Path, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE, **environment: str
-) -> subprocess.Popen[str]:
-    """The script with `arguments`, its compiled programs in the folder `cache`."""
+def start(*arguments: object, cache: Path, output: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
+    """The script with `arguments`, its compiled programs in the folder `cache`; what it says goes to `output`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "OMPI_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.small_run", *map(str, arguments)],
@@ -89,8 +87,8 @@ def start(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
-        stdout=stdout,
-        stderr=stderr,
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -109,13 +107,13 @@ def finish(process: subprocess.Popen[str], code: int = 0, *, patience: float = P
     return out if code == 0 or code > 128 else error
 
 
-def start_several(count: int, *arguments: object, cache: Path, **environment: str) -> list[subprocess.Popen[str]]:
+def start_several(count: int, *arguments: object, cache: Path) -> list[subprocess.Popen[str]]:
     """One run of `count` processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ("--coordinator", f"127.0.0.1:{port}", "--processes", count)
-    return [start(*arguments, *where, "--process-id", i, cache=cache, **environment) for i in range(count)]
+    return [start(*arguments, *where, "--process-id", i, cache=cache) for i in range(count)]
 
 
 def wait_until(reached: Callable[[], object], *processes: subprocess.Popen[str]) -> None:

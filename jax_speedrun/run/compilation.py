@@ -59,7 +59,7 @@ def _cache_home() -> Path:
     if os.path.isabs(named):
         return Path(named)
     home = os.path.expanduser("~")
-    if not os.path.isabs(home):
+    if os.environ.get("HOME") == "" or not os.path.isabs(home):
         raise FileNotFoundError(errno.ENOENT, "no home folder, and no XDG_CACHE_HOME")
     return Path(home) / ".cache"
 

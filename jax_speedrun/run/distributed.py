@@ -120,7 +120,7 @@ def start(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         jax.devices()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # the last where JAX finds no device
         raise UsageError(complaint % first_line(error)) from error
     finally:
         timer.cancel()

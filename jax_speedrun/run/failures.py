@@ -25,10 +25,6 @@ def explain(error: BaseException) -> str | None:
             f"NCCL, by which GPUs talk to each other, failed ({text}); XLA needs {NEEDED_NCCL} or newer, and "
             f"{_installed_nccl()}: pip install -U nvidia-nccl-cu13 (or -cu12)"
         )
-    if "backend" in lower and ("initialize" in lower or "unknown" in lower):
-        named = os.environ.get("JAX_PLATFORMS")
-        asked = f"JAX_PLATFORMS={named}" if named else "no JAX_PLATFORMS set"
-        return f"JAX finds no device to run on, with {asked} ({text}); JAX_PLATFORMS=cpu always works"
     return None
 
 

@@ -294,11 +294,12 @@ def test_no_network_for_the_vocabulary(tmp_path: Path) -> None:
     assert files_below(tmp_path) == ["a.txt"]
 
 
-def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+def interrupted_by(number: signal.Signals, tmp_path: Path) -> tuple[int, str]:
+    """Stop the encoding of 80 MB, many seconds of work, once a shard is there."""
     source, out = tmp_path / "big.jsonl", tmp_path / "out"
     line = json.dumps({"text": "Some words that go on for a while, 1234 of them. " * 200}) + "\n"
     with source.open("w") as file:
-        for _ in range(8000):  # 80 MB: many seconds of work
+        for _ in range(8000):
             file.write(line)
     process = start(
         "text", source, "--out", out, "--val-tokens", 1000, "--shard-tokens", 1000, "--bpe-files", *BPE_FILES
@@ -306,11 +307,29 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not list(out.glob(".incoming-*/*.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    code, err = interrupted_by(number, tmp_path)
+    assert code == 128 + number
     assert "Traceback" not in err
+    assert err.splitlines()[-1] == "prepare_data.py: stopped"
     assert files_below(tmp_path) == ["big.jsonl"]
+
+
+def test_what_kill_9_leaves_goes_with_the_next_call(tmp_path: Path, encoding: tiktoken.Encoding) -> None:
+    interrupted_by(signal.SIGKILL, tmp_path)
+    out = tmp_path / "out"
+    assert list(out.glob(".incoming-*"))
+    with prepare.incoming_folder(out) as other:  # of a process that is still there
+        with prepare.incoming_folder(out) as incoming:
+            assert sorted(out.glob(".incoming-*")) == sorted([other, incoming])
+        assert other.is_dir()
+    assert not list(out.glob(".incoming-*"))
 
 
 # --- fineweb -------------------------------------------------------------------------------------

@@ -49,10 +49,41 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_no_folder_to_be_had(tmp_path, monkeypatch):
+def test_no_folder_to_be_had(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert keep_compiled_programs() is None
+    assert f"every run compiles anew ({tmp_path}/file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("home", [None, "", "~", "relative"])
+@pytest.mark.parametrize("uid", [54321, 0])
+def test_without_a_home_nothing_is_written(home, uid, tmp_path, monkeypatch, capsys):
+    """Nobody 54321 is in no list of users, so there is no other home than what HOME says."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    elif uid == 0:
+        pytest.skip("the list of users names this one's home")
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    monkeypatch.chdir(tmp_path)
+    assert keep_compiled_programs() is None
+    assert capsys.readouterr().out.count("no home folder, and no XDG_CACHE_HOME") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_without_a_home_writes_its_folder_and_nothing_else(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": "~"}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--preset", "tiny", "--steps", "2", "--out", "run"]
+    options = ["--mesh", "1", "--sequence-length", "128", "--validation-every", "1", "--attention", "reference"]
+    done = subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("no home folder") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / "loss.png").exists()
 
 
 def test_the_users_choice_stands(tmp_path):

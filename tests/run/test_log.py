@@ -361,7 +361,7 @@ def test_a_damaged_log_does_not_block_a_checkpoint(
     (tmp_path / name).write_bytes(b"".join(DAMAGE[damage](lines)))
     with open_log(tmp_path, resume_step=10) as log:
         run_steps(log, 10, STEPS, validate=(10, STEPS))
-    steps = [record["step"] for record in records(tmp_path)]
+    steps = [int(record["step"] or 0) for record in records(tmp_path)]
     assert steps == sorted(set(steps))
     assert set(range(11, STEPS + 1)) <= set(steps)
     log_lines = (tmp_path / "log.txt").read_text().splitlines()

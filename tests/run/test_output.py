@@ -108,7 +108,7 @@ def test_a_poor_terminal(columns, environment, data, cache, tmp_path):
     out = tmp_path / UNICODE
     with terminal(columns) as (ours, theirs):
         arguments = ("--preset", "small", "--steps", 30, "--data", data, "--mesh", 1, "--out", out)
-        process = start(*arguments, cache=cache, stdout=theirs, stderr=theirs, **environment)
+        process = start(*arguments, cache=cache, output=theirs, **environment)
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # the end of what is shown
@@ -125,7 +125,7 @@ def test_a_terminal_that_goes_away(data, cache, tmp_path):
     out = tmp_path / "run"
     with terminal(80) as (ours, theirs):
         arguments = ("--preset", "small", "--steps", 60, "--data", data, "--mesh", 1, "--out", out)
-        process = start(*arguments, cache=cache, stdout=theirs, stderr=theirs, TERM="xterm")
+        process = start(*arguments, cache=cache, output=theirs, TERM="xterm")
         os.close(theirs)
         os.set_blocking(ours, False)
 

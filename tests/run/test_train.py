@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -32,6 +35,7 @@ from jax_speedrun.run.train import train
 from jax_speedrun.sharding import make_mesh
 from jax_speedrun.step import make_program
 from jax_speedrun.tools import train as command
+from tests.paths import ROOT
 
 VOCABULARY = 1024
 START = VOCABULARY - 1  # of a document, in a vocabulary too small for GPT-2's
@@ -357,9 +361,13 @@ class TestBadInput:
     def check(self, capsys, tmp_path, *arguments, mentions):
         out = tmp_path / "never"
         arguments = [str(argument) for argument in arguments]
-        if "--resume" not in arguments and "--out" not in arguments:
+        if not {"--resume", "--out", "--out=", "--auto-resume"} & set(arguments):
             arguments += ["--out", str(out)]
-        assert command.main(arguments) == 2
+        try:
+            code = command.main(arguments)
+        except SystemExit as exit:  # as argparse has it
+            code = exit.code
+        assert code == 2
         error = capsys.readouterr().err
         assert error.startswith("train.py: error: ")
         assert error.count("\n") == 1
@@ -447,6 +455,58 @@ class TestBadInput:
     def test_attention_that_does_not_run_here(self, capsys, tmp_path):
         words = ["--attention hopper", "H100", "xla"]
         self.check(capsys, tmp_path, "--preset", "tiny", "--attention", "hopper", mentions=words)
+
+    @pytest.mark.parametrize("number", [0, -1, 2**31, 10**30, "1e3", "many", ""])
+    @pytest.mark.parametrize(
+        "option", ["--steps", "--sequences", "--epochs", "--validation-every", "--sequence-length"]
+    )
+    def test_numbers(self, option, number, capsys, tmp_path):
+        self.check(capsys, tmp_path, "--preset", "tiny", f"{option}={number}", mentions=[option])
+
+    @pytest.mark.parametrize(
+        "option",
+        ["--mesh=0", "--mesh=-1", "--mesh=x", "--seed=1.5", "--checkpoint-every=-1", "--out=", "--data=", "--no"],
+    )
+    def test_other_options(self, option, capsys, tmp_path):
+        self.check(capsys, tmp_path, "--preset", "tiny", option, mentions=[option.split("=")[0]])
+
+    @pytest.mark.parametrize(
+        ("options", "mentions"),
+        [
+            (["--auto-resume"], ["--auto-resume: needs --out DIR"]),
+            (["--auto-resume", "--out", "a", "--resume", "a"], ["--auto-resume: needs --out DIR, and no --resume"]),
+            (["--resume-step", "5"], ["needs --resume"]),
+            (["--resume", "a", "--out", "b"], ["leave out --out"]),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, options, mentions, capsys, tmp_path):
+        self.check(capsys, tmp_path, *options, mentions=mentions)
+
+    def test_a_newer_checkpoint(self, capsys, tmp_path, reference_run, monkeypatch):
+        """What another version has saved: a field more, a field less, another shape."""
+        saved = checkpoint.latest(reference_run[0])
+
+        def changed(change):
+            config = json.loads(json.dumps(saved.metadata["config"]))
+            change(config)
+            latest = checkpoint.Saved(saved.step, {**saved.metadata, "config": config})
+            monkeypatch.setattr(checkpoint, "latest", lambda *_: latest)
+
+        changed(lambda config: config.update(shape="round"))
+        self.check(capsys, tmp_path, "--resume", reference_run[0], mentions=["another version", "shape"])
+        changed(lambda config: config["model"].pop("width"))
+        self.check(capsys, tmp_path, "--resume", reference_run[0], mentions=["another version", "width"])
+        changed(lambda config: config["model"].update(width=32))
+        self.check(capsys, tmp_path, "--resume", reference_run[0], "--mesh", 1, mentions=["not a state", "float32["])
+
+    @pytest.mark.parametrize("platform", ["nonsense", "cuda"])
+    def test_a_platform_that_jax_does_not_find(self, platform, tmp_path):
+        environment = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--preset", "tiny"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"train.py: error: JAX finds no device to run on for JAX_PLATFORMS={platform} (")
+        assert done.stderr.count("\n") == 1
 
     def test_steps(self, capsys, tmp_path):
         self.check(capsys, tmp_path, "--preset", "tiny", "--steps", 0, mentions=["--steps"])

@@ -1,7 +1,9 @@
 """Text from a checkpoint: the greedy choice against the float64 model, and the script end to end."""
 
 import dataclasses
+import shutil
 from importlib import resources
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +99,9 @@ def test_it_ends_with_the_document():
     [
         ("--tokens", {"count": 0}),
         ("--temperature", {"count": 1, "temperature": -1.0}),
+        ("--temperature", {"count": 1, "temperature": float("nan")}),
         ("--top-k", {"count": 1, "top_k": 0}),
+        ("--seed", {"count": 1, "seed": -1}),
         ("sequences of 256", {"count": 300}),
     ],
 )
@@ -112,7 +116,9 @@ def run_folder(tmp_path_factory):
     config = dataclasses.replace(CONFIG, sequences=1)
     state = make_program(config, make_mesh(1, 1)).init(config.seed)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(7, state, {"config": to_dict(config)})
+        for step in (6, 7):
+            metadata = {"config": to_dict(config), "data": {}, "data_position": {}, "clock": {}}
+            checkpoints.save(step, state, metadata)
     return folder
 
 
@@ -129,3 +135,20 @@ def test_script_writes_text(run_folder, capsys):
 def test_script_without_checkpoint(tmp_path, capsys):
     assert main([str(tmp_path), "--bpe-files", *BPE]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_found_and_the_one_before_offered(run_folder, tmp_path, capsys):
+    copy = Path(shutil.copytree(run_folder, tmp_path / "copy"))
+    array = max((copy / "checkpoints" / "7").rglob("*"), key=lambda path: path.stat().st_size)
+    raw = bytearray(array.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    array.write_bytes(raw)
+    assert main([str(copy), "--bpe-files", *BPE]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"sample.py: error: {copy}: the checkpoint of step 7 is damaged ({array}: its bytes have changed); that of "
+        f"step 6 is whole: {copy} --step 6\n"
+    )
+    assert load(copy, 6).step == 6
+    with pytest.raises(UsageError, match="--step 5: no complete checkpoint of it"):
+        load(copy, 5)
