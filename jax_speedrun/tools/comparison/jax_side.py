@@ -18,7 +18,6 @@ from ...config import ATTENTION_SCALE, cache_key, from_dict, peak_flops, resolve
 from ...kernels.attention import block_sparse_attention
 from ...kernels.block_mask import long_short_masks
 from ...kernels.head import fp8_supported, head_loss
-from ...kernels.implementation import slow_kernels_note
 from ...optimizer import recipe_optimizer
 from ...run.compilation import Call, compile_together
 from ...run.program_cache import cache_for
@@ -38,8 +37,6 @@ class JaxSide:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, head_precision="bfloat16"))
             self.fallbacks.append("JAX: no FP8 on this device, head matmuls in bfloat16")
         self.config = resolve(config, self.device)
-        if note := slow_kernels_note(self.config.attention):
-            self.fallbacks.append(f"JAX: {note}")
         if self.config.model.compute_dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         self._sequence_loss = loss_function(self.config)
