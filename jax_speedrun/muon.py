@@ -25,7 +25,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-def newton_schulz(matrices: Array, *, steps: ArrayLike = 5, dtype: DTypeLike = BFLOAT16) -> Array:
+def newton_schulz(matrices: ArrayLike, *, steps: ArrayLike = 5, dtype: DTypeLike = BFLOAT16) -> Array:
     """Roughly orthogonalise each matrix: U S V^T becomes about U V^T, without an SVD.
 
     One step applies the odd polynomial p(s) = a s + b s^3 + c s^5 to every
@@ -41,20 +41,25 @@ def newton_schulz(matrices: Array, *, steps: ArrayLike = 5, dtype: DTypeLike = B
     same reason bfloat16 is precise enough.
 
     Args:
-      matrices: (..., rows, columns); leading axes are a batch of independent matrices.
-      steps: how often to apply the polynomial. If traced, the loop is not unrolled.
+      matrices: (..., rows, columns); leading axes are a batch of independent matrices. They are first rounded to
+        `dtype`.
+      steps: how often to apply the polynomial, any number. If traced, the loop is not unrolled.
       dtype: of the matmuls, the iterates and the result.
 
     Returns:
-      (..., rows, columns) in `dtype`. A zero matrix stays zero.
+      (..., rows, columns) in `dtype`. A zero matrix stays zero. One whose sum of squares overflows float32 (a norm
+      above 1.8e19) becomes NaN.
 
     Raises:
-      ValueError: if `matrices` has fewer than 2 axes.
+      ValueError: if `matrices` has fewer than 2 axes, or `dtype` is no type of floats.
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
     """
+    matrices = jnp.asarray(matrices)
     if matrices.ndim < 2:
         raise ValueError(f"newton_schulz needs (..., rows, columns), got shape {matrices.shape}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"newton_schulz computes with floats, got dtype {jnp.dtype(dtype)}")
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
 
@@ -62,26 +67,35 @@ def newton_schulz(matrices: Array, *, steps: ArrayLike = 5, dtype: DTypeLike = B
         """X X^T, or X^T X of a tall matrix: on the short side it is cheap."""
         return x.mT @ x if tall else x @ x.mT
 
-    # The iterate is scale times x. In p(s) = a (s + b/a s^3 + c/a s^5) the leading a only multiplies the scale, which
-    # starts so that it ends as 1. What is left is x + Q x, and that a matmul does by itself: it adds x before it
-    # rounds, instead of a pass over x afterwards.
-    scale = 1 / a**steps
     wide = widen(matrices.astype(dtype))
     norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True))
-    x = (wide / (scale * (norm + 1e-7))).astype(dtype)
+    norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)  # or all would silently become 0
 
     # Matmuls run in `dtype`, coefficients are not rounded to it: as bfloat16 they alone (3.4445 becomes 3.4375)
     # would move the result more than all other rounding together.
-    def polynomial(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def polynomial(_: Array, carry: tuple[Array, float]) -> tuple[Array, float]:
         x, scale = carry
         gram = gram_matrix(x)
         wide_q = scale**2 * (b / a) * widen(gram) + scale**4 * (c / a) * widen(gram @ gram)
         q = wide_q.astype(dtype)
         return x + (x @ q if tall else q @ x), a * scale
 
-    # Unrolled, XLA sees straight-line matmuls; a while loop cannot be unrolled to a traced bound.
-    unroll = True if isinstance(steps, int) else None
-    result: Array = jax.lax.fori_loop(0, steps, polynomial, (x, scale), unroll=unroll)[0]
+    # The iterate is scale times x. In p(s) = a (s + b/a s^3 + c/a s^5) the leading a only multiplies the scale, which
+    # starts so that it ends as 1. What is left is x + Q x, and that a matmul does by itself: it adds x before it
+    # rounds, instead of a pass over x afterwards. The squared Gram matrix is of size scale^-4 at most.
+    if isinstance(steps, int) and 4 * steps * math.log(a) < math.log(float(jnp.finfo(dtype).max)):
+        scale = 1 / a**steps
+        x = (wide / (scale * (norm + 1e-7))).astype(dtype)
+        # Unrolled, XLA sees straight-line matmuls.
+        unrolled: Array = jax.lax.fori_loop(0, steps, polynomial, (x, scale), unroll=True)[0]
+        return unrolled
+
+    # So many steps, or a traced number of them, start anew each time.
+    def one_step(i: Array, x: Array) -> Array:
+        return polynomial(i, ((a * widen(x)).astype(dtype), 1 / a))[0]
+
+    x = (wide / (norm + 1e-7)).astype(dtype)
+    result: Array = jax.lax.fori_loop(0, steps, one_step, x)
     return result
 
 
@@ -117,20 +131,20 @@ def muon(
       newton_schulz_steps: under `optax.inject_hyperparams`, name it in `static_args`
         to keep the loop unrolled.
       dtype: of the Newton-Schulz iterates, in which O travels between devices. Momentum and update have the dtype
-        of the parameters.
+        of the parameters (with `shards`, an update that is not given any has the gradient's).
       shards: update runs inside a `jax.shard_map`, takes the device's own gradient and orthogonalises the device's
         share of the matrices. Gradients are reduced a bucket at a time (`banks`).
 
     Raises:
-      ValueError: (at init) if a leaf has fewer than 2 axes.
+      ValueError: (at init) if a leaf has fewer than 2 axes, or no numbers.
     """
 
     def init(params: optax.Params) -> MuonState:
         for path, leaf in jax.tree.leaves_with_path(params):
-            if jnp.ndim(leaf) < 2:
+            if jnp.ndim(leaf) < 2 or not jnp.size(leaf):
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(
-                    f"muon updates matrices, but parameter '{name}' has shape {jnp.shape(leaf)}; "
+                    f"muon updates matrices that are not empty, but parameter '{name}' has shape {jnp.shape(leaf)}; "
                     "give it another optimiser through optax.partition"
                 )
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -157,12 +171,14 @@ def muon(
             ahead = average(buffer, new) if nesterov else buffer
             return jax.lax.optimization_barrier((buffer, ahead.astype(dtype)))
 
-        both = jax.tree.map(accumulate, state.momentum, gradient)
-        buffers, ahead = jax.tree.transpose(jax.tree.structure(gradient), jax.tree.structure((0, 0)), both)
+        leaves, structure = jax.tree.flatten(gradient)
+        pairs = list(map(accumulate, jax.tree.leaves(state.momentum), leaves))
+        buffers, ahead = (jax.tree.unflatten(structure, [pair[i] for pair in pairs]) for i in (0, 1))
         o = _orthogonalise(ahead, newton_schulz_steps, dtype)
         if shards is not None:
             o = unpack(_gather(o, shards), updates, shards.devices)
-        return jax.tree.map(_scale, o, updates), MuonState(optax.safe_increment(state.count), buffers)
+        like = state.momentum if shards is None else updates if params is None else params
+        return jax.tree.map(_scale, o, like), MuonState(optax.safe_increment(state.count), buffers)
 
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
@@ -196,10 +212,10 @@ def _gather(buckets: Buckets, shards: Shards) -> Buckets:
     return tuple(map(bank, buckets))
 
 
-def _scale(o: Array, gradient: Array) -> Array:
-    """sqrt(max(1, rows / columns)) O in the gradient's precision: the record's in-place add promotes the same way."""
+def _scale(o: Array, like: Array) -> Array:
+    """sqrt(max(1, rows / columns)) O in the parameter's precision: the record's in-place add promotes the same way."""
     rows, columns = o.shape[-2:]
-    scaled: Array = math.sqrt(max(1, rows / columns)) * o.astype(gradient.dtype)
+    scaled: Array = math.sqrt(max(1, rows / columns)) * o.astype(like.dtype)
     return scaled
 
 

@@ -102,6 +102,43 @@ def test_epsilon_is_added_to_the_norm() -> None:
     assert relative_error(out, numpy_newton_schulz(matrix)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.12), (jnp.float32, 1e-5)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_any_number_of_steps_in_any_type_traced_or_not(dtype: Any, tolerance: float, shape: tuple[int, int]) -> None:
+    matrix = normal(9, *shape)
+    traced = jax.jit(lambda m, steps: newton_schulz(m, steps=steps, dtype=dtype))
+    for steps in (0, 1, 2, 3, 5, 17, 18, 40, 1000):
+        expected = numpy_newton_schulz(matrix, steps)
+        known = newton_schulz(jnp.asarray(matrix, jnp.float32), steps=steps, dtype=dtype)
+        for out in (known, traced(jnp.asarray(matrix, jnp.float32), steps)):
+            assert out.dtype == dtype
+            s = np.linalg.svd(np.asarray(out, np.float64), compute_uv=False)
+            # After many steps a value wanders on from its last rounding, within these bounds.
+            assert steps < 5 or (s.min() > 0.66 and s.max() < 1.23)
+            assert steps > 40 or relative_error(out, expected) < tolerance
+
+
+def test_a_norm_that_overflows_is_not_taken_for_zero() -> None:
+    huge = jnp.stack([jnp.full((3, 4), 1e25), jnp.full((3, 4), 1e15)])
+    out = np.asarray(newton_schulz(huge, dtype=jnp.float32))
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], numpy_newton_schulz(np.ones((3, 4))), atol=1e-4)
+
+
+def test_newton_schulz_takes_numpy_and_no_matrices() -> None:
+    matrices = normal(10, 2, 5, 7).astype(np.float32)
+    np.testing.assert_array_equal(newton_schulz(matrices), newton_schulz(jnp.asarray(matrices)))
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 4, 0)):
+        assert newton_schulz(np.ones(shape, np.float32)).shape == shape
+
+
+def test_newton_schulz_rejects_integers() -> None:
+    with pytest.raises(ValueError, match="computes with floats, got dtype int32"):
+        newton_schulz(jnp.ones((3, 3)), dtype=jnp.int32)
+
+
 def test_newton_schulz_rejects_vectors() -> None:
     with pytest.raises(ValueError, match=r"\(\.\.\., rows, columns\), got shape \(4,\)"):
         newton_schulz(jnp.ones(4))
@@ -206,7 +243,7 @@ def test_a_broken_matrix_does_not_touch_its_neighbours() -> None:
         np.testing.assert_array_equal(good[name], bad[name])
 
 
-@pytest.mark.parametrize("shape", [(), (7,)])
+@pytest.mark.parametrize("shape", [(), (7,), (0, 4), (3, 4, 0), (0, 4, 4)])
 def test_muon_names_a_parameter_that_is_no_matrix(shape: tuple[int, ...]) -> None:
     params = {"blocks": {3: {"lambdas": jnp.ones(shape)}}}
     with pytest.raises(ValueError, match=r"'blocks/3/lambdas' has shape .* optax\.partition"):
@@ -241,3 +278,26 @@ def test_muon_under_partition_sees_masked_leaves() -> None:
     (alone,) = run(muon(0.05), {"w": params["w"]}, [{"w": gradients["w"]}])
     np.testing.assert_array_equal(updates["w"], alone["w"])
     np.testing.assert_array_equal(updates["b"], -0.5 * np.ones(4))
+
+
+def test_muon_without_matrices_has_empty_updates() -> None:
+    """As where every leaf is masked, frozen, or another optimiser's."""
+    empty: dict[str, Any] = {}
+    assert run(muon(0.05), empty, [empty]) == [{}]
+    params = {"w": jnp.ones((4, 4))}
+    frozen = optax.partition({"muon": muon(0.05), "frozen": optax.set_to_zero()}, {"w": "frozen"})
+    (updates,) = run(frozen, params, [params])
+    assert not np.any(updates["w"])
+    (untouched,) = run(optax.masked(muon(0.05), {"w": False}), params, [params])
+    np.testing.assert_array_equal(untouched["w"], params["w"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_updates_have_the_dtype_of_the_parameters(given: bool) -> None:
+    params = {"wide": jnp.zeros((6, 4)), "narrow": jnp.zeros((4, 4), jnp.bfloat16)}
+    gradient = {"wide": jnp.asarray(normal(1, 6, 4), jnp.bfloat16), "narrow": jnp.asarray(normal(2, 4, 4), jnp.float32)}
+    transform = muon(0.05)
+    state = transform.init(params)
+    updates, state = transform.update(gradient, state, params if given else None)
+    assert {name: u.dtype for name, u in updates.items()} == {"wide": jnp.float32, "narrow": jnp.bfloat16}
+    assert jax.tree.map(lambda m: m.dtype, state[0].momentum) == {"wide": jnp.float32, "narrow": jnp.bfloat16}

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_speedrun.config import OptimizerConfig
-from jax_speedrun.optimizer import adam, parameter_labels, recipe_optimizer
+from jax_speedrun.optimizer import adam, parameter_labels, recipe_optimizer, state_specs
+from jax_speedrun.sharding import Shards
 from tests.numpy_optimizer import (
     Float,
     normal,
@@ -165,3 +168,38 @@ def test_recipe_optimizer_cools_down_and_warms_momentum_up() -> None:
     )
     for u, e in zip(seen, expected, strict=True):
         assert relative_error(u["blocks"], e) < 5e-5
+
+
+@pytest.mark.parametrize("missing", ["hidden", "head", "embeddings", "scalars", "all"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_group_may_have_no_parameters(missing: str, devices: int) -> None:
+    whole = recipe_params(layers=2, width=4, without_attention=1)
+    labels = parameter_labels(whole)
+    kept = {
+        jax.tree_util.keystr(path): leaf
+        for (path, leaf), label in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(labels), strict=True)
+        if missing not in (label, "all")
+    }
+    # Named as the labels ask for.
+    params = {
+        name: {path: leaf for path, leaf in kept.items() if path.startswith(f"['{name}']")}
+        for name in ("embed", "value_embeds", "head", "blocks", "skip_weights")
+    }
+    shards = Shards("data", devices) if devices > 1 else None
+    transform = recipe_optimizer(OptimizerConfig(), 10, shards)
+    state = transform.init(params)
+    update = transform.update
+    if shards is not None:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        specs = state_specs(state, shards)
+        everywhere = PartitionSpec()
+        update = jax.shard_map(
+            update,
+            mesh=mesh,
+            in_specs=(everywhere, specs, everywhere),
+            out_specs=(everywhere, specs),
+            check_vma=False,
+        )
+    updates, state = jax.jit(update)(params, state, params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    assert all(np.isfinite(u).all() and np.any(u) for u in jax.tree.leaves(updates))
