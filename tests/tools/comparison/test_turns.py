@@ -8,8 +8,8 @@ import pytest
 
 from jax_speedrun.config import PRESETS
 from jax_speedrun.data.batches import TINY_DATA
-from jax_speedrun.kernels.block_mask import DOCUMENT_START
 from jax_speedrun.errors import UsageError
+from jax_speedrun.kernels.block_mask import DOCUMENT_START
 from jax_speedrun.tools.comparison import turns
 from jax_speedrun.tools.comparison.worker import load_arrays
 from tests.tools.comparison.fakes import fake_python
