@@ -45,9 +45,10 @@ class BlockMask:
     """Which key blocks each query block visits, as a pytree of arrays.
 
     Shapes, with B = T / block_size: counts (B,), indices (B, B), documents
-    (T,), all int32. Entries of `indices` beyond the count are ignored. A block
+    (T,), all integers. Entries of `indices` beyond the count are ignored. A block
     stands in at most one of the two lists, once. All leaves may carry a leading
-    batch axis. The lists need not come from `long_short_masks`: any will do.
+    batch axis. The lists need not come from `long_short_masks`: any will do, in
+    any order.
     """
 
     partial_counts: Array
@@ -58,22 +59,55 @@ class BlockMask:
     block_size: int = dataclasses.field(default=BLOCK_SIZE, metadata={"static": True})
 
     def windowed(self, window_blocks: ArrayLike) -> "BlockMask":
-        """The same mask cut to a window of `window_blocks` (the diagonal block always stays)."""
-        # Signed, whatever comes in: an unsigned 0 - 1 would lift the cap instead of closing the window.
-        window = jnp.asarray(window_blocks).astype(jnp.int32)
-        partial_cap = jnp.maximum(window - self.full_counts, 1)
-        full_cap = jnp.maximum(window - 1, 0)
+        """Return the mask without key blocks that lie `window_blocks` or more before the query's own, which stays.
+
+        Raises:
+          ValueError: for a window that is no integer, or lists that do not fit together.
+        """
+        mask = self.checked()
+        window = jnp.maximum(_window(window_blocks, mask.partial_indices.shape[-1]), 1)
+        partial_counts, partial_indices = _nearer(mask.partial_counts, mask.partial_indices, window)
+        full_counts, full_indices = _nearer(mask.full_counts, mask.full_indices, window)
         return dataclasses.replace(
-            self,
-            partial_counts=jnp.minimum(self.partial_counts, partial_cap),
-            full_counts=jnp.minimum(self.full_counts, full_cap),
+            mask,
+            partial_counts=partial_counts,
+            partial_indices=partial_indices,
+            full_counts=full_counts,
+            full_indices=full_indices,
         )
+
+    def checked(self) -> "BlockMask":
+        """Return the mask with its leaves as int32 arrays.
+
+        Raises:
+          ValueError: unless shapes, types and batch axes are those that the class describes.
+        """
+        leaves = {name: getattr(self, name) for name in _LEAVES}
+        arrays = {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in leaves.items()}
+        documents, size = arrays["documents"], self.block_size
+        if documents.ndim not in (1, 2) or size < 1 or documents.shape[-1] % size:
+            raise ValueError(
+                f"BlockMask: documents must be (T,) or (N, T) with T a multiple of block_size = {size}, "
+                f"got {documents.shape}"
+            )
+        *batch, tokens = documents.shape
+        blocks = tokens // size
+        for name, array in arrays.items():
+            own = {"documents": (tokens,), "partial_counts": (blocks,), "full_counts": (blocks,)}
+            wanted = (*batch, *own.get(name, (blocks, blocks)))
+            if array.shape != wanted or not jnp.issubdtype(array.dtype, jnp.integer):
+                raise ValueError(
+                    f"BlockMask: {name} must be integers of shape {wanted}, as documents are {documents.shape} "
+                    f"in blocks of {size}, got {array.dtype} {array.shape}"
+                )
+        return BlockMask(**{name: jnp.asarray(x).astype(jnp.int32) for name, x in arrays.items()}, block_size=size)
 
     def dense_blocks(self) -> tuple[Array, Array]:
         """The lists as two boolean (query block, key block) matrices: (partial, full)."""
+        mask = self.checked()
         return (
-            _ordered_to_dense(self.partial_counts, self.partial_indices),
-            _ordered_to_dense(self.full_counts, self.full_indices),
+            _ordered_to_dense(mask.partial_counts, mask.partial_indices),
+            _ordered_to_dense(mask.full_counts, mask.full_indices),
         )
 
     def transposed(self) -> "BlockMask":
@@ -85,10 +119,14 @@ class BlockMask:
         """The token-level (T, T) boolean matrix `visible[query, key]`. Small T only."""
         size = self.block_size
         partial, full = (jnp.repeat(jnp.repeat(blocks, size, axis=-2), size, axis=-1) for blocks in self.dense_blocks())
-        position = jnp.arange(self.documents.shape[-1])
+        documents = jnp.asarray(self.documents)
+        position = jnp.arange(documents.shape[-1])
         causal = position[:, None] >= position
-        same_document = self.documents[..., :, None] == self.documents[..., None, :]
+        same_document = documents[..., :, None] == documents[..., None, :]
         return full | (partial & causal & same_document)
+
+
+_LEAVES = tuple(field.name for field in dataclasses.fields(BlockMask) if field.name != "block_size")
 
 
 def dense_to_ordered(dense: Array) -> tuple[Array, Array]:
@@ -101,6 +139,7 @@ def dense_to_ordered(dense: Array) -> tuple[Array, Array]:
       counts (..., rows) and indices (..., rows, columns), int32. The first
       `counts` entries of a row are its true columns in descending order.
     """
+    dense = jnp.asarray(dense)
     columns = dense.shape[-1]
     counts = jnp.sum(dense, axis=-1, dtype=jnp.int32)
     # Present columns come first, and descend: one array to sort, where an argsort would move two.
@@ -109,7 +148,7 @@ def dense_to_ordered(dense: Array) -> tuple[Array, Array]:
     return counts, columns - 1 - order % columns
 
 
-def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask, BlockMask]:
+def long_short_masks(tokens: ArrayLike, window_blocks: ArrayLike) -> tuple[BlockMask, BlockMask]:
     """The record's two masks for one sequence: a window of `window_blocks`, and one of half that.
 
     Args:
@@ -122,14 +161,17 @@ def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask
       (long, short), which share their index lists and differ in their counts.
 
     Raises:
-      ValueError: if T is not a multiple of 128, or `tokens` has another rank.
+      ValueError: if T is not a multiple of 128, or `tokens` has another rank or a type that cannot hold
+        `DOCUMENT_START`; for a window that is no integer.
     """
+    _check_tokens(tokens)
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if tokens.ndim != 1 or tokens.shape[0] % BLOCK_SIZE or tokens.shape[0] == 0:
         raise ValueError(
             f"tokens must have shape (T,) with T a positive multiple of {BLOCK_SIZE}, got {tokens.shape}; "
             "pad or cut the sequence (for a batch, use jax.vmap)"
         )
-    documents = jnp.cumsum(tokens == DOCUMENT_START, dtype=jnp.int32)
+    documents = jnp.cumsum(jnp.asarray(tokens == DOCUMENT_START), dtype=jnp.int32)
     first_document = documents[::BLOCK_SIZE]
     last_document = documents[BLOCK_SIZE - 1 :: BLOCK_SIZE]
 
@@ -143,7 +185,44 @@ def long_short_masks(tokens: Array, window_blocks: ArrayLike) -> tuple[BlockMask
 
     counts, indices = dense_to_ordered(jnp.stack([visited & ~full, full]))
     unlimited = BlockMask(counts[0], indices[0], counts[1], indices[1], documents)
-    return unlimited.windowed(window_blocks), unlimited.windowed(jnp.asarray(window_blocks) // 2)
+    window = _window(window_blocks, 2 * len(block))
+    return _capped(unlimited, window), _capped(unlimited, window // 2)
+
+
+def _capped(mask: BlockMask, window: Array) -> BlockMask:
+    """Return `mask.windowed(window)` of lists that hold a run of blocks, nearest first: only counts change."""
+    return dataclasses.replace(
+        mask,
+        partial_counts=jnp.minimum(mask.partial_counts, jnp.maximum(window - mask.full_counts, 1)),
+        full_counts=jnp.minimum(mask.full_counts, jnp.maximum(window - 1, 0)),
+    )
+
+
+def _nearer(counts: Array, indices: Array, window: Array) -> tuple[Array, Array]:
+    """Move blocks that are not in the window behind those that are, which keep their order."""
+    rows, columns = indices.shape[-2:]
+    place = jnp.arange(columns)
+    keeps = (jnp.arange(rows)[:, None] - indices < window) & (place < counts[..., None])
+    order = jnp.argsort(jnp.where(keeps, place, columns + place), axis=-1)
+    return jnp.sum(keeps, axis=-1, dtype=jnp.int32), jnp.take_along_axis(indices, order, axis=-1)
+
+
+def _window(window_blocks: ArrayLike, most: int) -> Array:
+    """Return a window as a signed int32, at most `most`: an unsigned 0 - 1 would lift a cap instead of closing it."""
+    window = window_blocks if isinstance(window_blocks, jax.Array) else np.asarray(window_blocks)
+    if window.ndim != 0 or not (jnp.issubdtype(window.dtype, jnp.integer) or isinstance(window_blocks, int)):
+        raise ValueError(f"a window must be an integer, of blocks, got {window.dtype} {window.shape}")
+    if isinstance(window_blocks, int):  # of any size
+        return jnp.int32(max(min(window_blocks, most), 0))
+    if jnp.iinfo(window.dtype).max > most:
+        window = window.clip(0, most)
+    return jnp.asarray(window.astype(np.int32))
+
+
+def _check_tokens(tokens_T: ArrayLike) -> None:
+    dtype = jnp.result_type(tokens_T)
+    if not jnp.issubdtype(dtype, jnp.integer) or jnp.iinfo(dtype).max < DOCUMENT_START:
+        raise ValueError(f"tokens must be of an integer type that can hold {DOCUMENT_START}, got {dtype}")
 
 
 def visible_pairs(tokens_T: ArrayLike, window_blocks: int) -> tuple[int, int]:
@@ -151,6 +230,7 @@ def visible_pairs(tokens_T: ArrayLike, window_blocks: int) -> tuple[int, int]:
 
     Each token sees from the start of its document, or of its window, to itself. Counted on the host, for FLOP.
     """
+    _check_tokens(tokens_T)
     tokens_T = np.asarray(tokens_T)
     position_T = np.arange(len(tokens_T))
     document_start_T = np.maximum.accumulate(np.where(tokens_T == DOCUMENT_START, position_T, 0))

@@ -11,10 +11,14 @@ says in a function `unsupported(...)`: a phrase such as "T a multiple of 128, go
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 Implementation = Literal["auto", "hopper", "xla", "reference"]
 
@@ -75,8 +79,7 @@ def choose(
     Raises:
       ValueError: for a name that the op lacks, or for `hopper` where it cannot run.
     """
-    if implementation not in names:
-        raise ValueError(f"{op}: unknown implementation {implementation!r}; choose one of {', '.join(names)}")
+    check_name(op, implementation, names)
     if implementation not in ("auto", "hopper"):
         return implementation
     reason = _no_hopper(device) or unsupported()
@@ -85,6 +88,57 @@ def choose(
     if implementation == "auto":
         return "xla"
     raise ValueError(f"{op}: implementation 'hopper' needs {reason}; use 'xla' or 'auto'")
+
+
+def check_name(op: str, implementation: str, names: tuple[Implementation, ...]) -> None:
+    """Raise ValueError for a name that an op lacks."""
+    if implementation not in names:
+        raise ValueError(f"{op}: unknown implementation {implementation!r}; choose one of {', '.join(names)}")
+
+
+def known_number(op: str, name: str, value: ArrayLike) -> float:
+    """Return a number that is compiled into kernels.
+
+    Raises:
+      ValueError: for one that a trace does not know, and for an array of several.
+    """
+    if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
+        raise ValueError(
+            f"{op}: {name} must be a number that is known when it is traced, got {value}; it is compiled into kernels"
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def first_order[Tree](op: str, tree: Tree) -> Tree:
+    """Return `tree`, arrays that a backward pass works on: whoever differentiates it again gets one clear line."""
+    del op
+    return tree
+
+
+@first_order.defjvp
+def _refuse_second_order(op: str, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    del primals, tangents
+    raise TypeError(
+        f"{op}: this implementation can be differentiated once, in reverse mode; for more, see docs/limits.md"
+    )
+
+
+def check_ids(op: str, name: str, ids: ArrayLike) -> jax.Array:
+    """Return token ids as int32, (T,).
+
+    Raises:
+      ValueError: for another rank or kind of number.
+    """
+    ids_T = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if ids_T.ndim != 1 or not jnp.issubdtype(ids_T.dtype, jnp.integer):
+        raise ValueError(
+            f"{op}: {name} must be integers of shape (T,), got {ids_T.dtype} {ids_T.shape}; for a batch, use jax.vmap"
+        )
+    own, narrow = jnp.iinfo(ids_T.dtype), jnp.iinfo(jnp.int32)
+    if own.max > narrow.max:  # what int32 cannot hold stays outside of every vocabulary
+        ids_T = ids_T.clip(max(own.min, narrow.min), narrow.max)
+    return jnp.asarray(ids_T.astype(np.int32))
 
 
 def _no_hopper(device: jax.Device | None) -> str | None:

@@ -1,6 +1,7 @@
 """Block masks as pictures: `draw_masks` for people, `ascii_blocks` for docstrings and terminals."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -41,10 +42,12 @@ class BlockCounts:
 
 
 def count_blocks(mask: BlockMask) -> BlockCounts:
-    """Counts over all query blocks of one sequence's mask."""
-    blocks = mask.partial_counts.shape[-1]
+    """Counts over all query blocks, of all sequences if the mask has a batch axis."""
+    mask = mask.checked()
+    *batch, blocks = mask.partial_counts.shape
     full, partial = int(mask.full_counts.sum()), int(mask.partial_counts.sum())
-    return BlockCounts(full, partial, (full + partial) / (blocks * (blocks + 1) / 2))
+    triangle = math.prod(batch) * blocks * (blocks + 1) / 2
+    return BlockCounts(full, partial, (full + partial) / triangle)
 
 
 def ascii_blocks(mask: BlockMask) -> str:

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..block_mask import BLOCK_SIZE, BlockMask
+from ..implementation import first_order
 from .hopper_backward import backward_dkv, backward_dq
 from .hopper_forward import forward
 from .schedule import Schedule, build_schedule
@@ -54,6 +55,7 @@ def attend(scale: float, q: Array, k: Array, v: Array, documents: Array, schedul
 def _attention_forward(
     scale: float, q: Array, k: Array, v: Array, documents: Array, schedule: Schedule
 ) -> tuple[Array, tuple[Array, Array, Array, Array, Array, Array, Schedule]]:
+    q, k, v = first_order("block_sparse_attention", (q, k, v))
     o, lse = forward(q, k, v, documents, schedule.by_query, scale=scale)
     return o, (q, k, v, o, lse, documents, schedule)
 
@@ -61,7 +63,7 @@ def _attention_forward(
 def _attention_backward(
     scale: float, saved: tuple[Array, Array, Array, Array, Array, Array, Schedule], do: Array
 ) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, o, lse, documents, schedule = saved
+    (q, k, v, o, lse, documents, schedule), do = first_order("block_sparse_attention", (saved, do))
     dq, delta = backward_dq(q, k, v, o, do, lse, documents, schedule.by_query, scale=scale)
     dk, dv = backward_dkv(q, k, v, do, lse, delta, documents, schedule.by_key, scale=scale)
     return dq, dk, dv, None, None

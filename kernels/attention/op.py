@@ -8,17 +8,19 @@ from collections.abc import Callable
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ..block_mask import BlockMask
-from ..implementation import Implementation, choose
+from ..implementation import Implementation, choose, known_number
 from .reference import reference_attention
 from .xla import xla_attention
 
 
 def block_sparse_attention(
-    q: Array, k: Array, v: Array, mask: BlockMask, *, scale: float, implementation: Implementation = "auto"
+    q: Array, k: Array, v: Array, mask: BlockMask, *, scale: ArrayLike, implementation: Implementation = "auto"
 ) -> Array:
     """Return softmax(scale * q k^T, where `mask` lets the query see the key) v, per head.
 
@@ -26,18 +28,26 @@ def block_sparse_attention(
       q, k, v: (T, H, K), or (N, T, H, K) for a batch of sequences.
       mask: the blocks to visit; its leaves carry the same leading axis as q, or
         none, in which case all sequences share it.
-      scale: factor on the scores.
+      scale: factor on the scores. A number is compiled in; an array, also a traced one, multiplies q before it is
+        rounded to its dtype.
       implementation: `auto` picks `hopper` where it runs, else `xla`.
 
     Returns:
       An array shaped and typed like `q`. A query that sees no key gives 0.
-      Differentiable in q, k and v.
+      Differentiable in q, k and v, once, in reverse mode; with `reference` in any way.
 
     Raises:
       ValueError: for shapes, dtypes or block sizes that are not supported, or an
         implementation that does not run here.
     """
+    q, k, v = map(jnp.asarray, (q, k, v))
+    mask = mask.checked()
     _check(q, k, v, mask)
+    if isinstance(scale, jax.Array | np.ndarray):
+        if scale.ndim != 0:
+            raise ValueError(f"scale must be one number, got an array of shape {scale.shape}")
+        q, scale = (q * jnp.asarray(scale)).astype(q.dtype), 1.0
+    scale = known_number("block_sparse_attention", "scale", scale)
     name = choose(
         "block_sparse_attention",
         implementation,
@@ -78,6 +88,8 @@ _IMPLEMENTATIONS: dict[Implementation, Callable[[Array, Array, Array, BlockMask,
 
 
 def _check(q: Array, k: Array, v: Array, mask: BlockMask) -> None:
+    if q.ndim in (3, 4) and not q.size:
+        raise ValueError(f"T, H and K must be at least 1, got q {q.shape}")
     if q.ndim not in (3, 4) or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             f"q, k and v must have one shape, (T, H, K) or (N, T, H, K); got q {q.shape}, k {k.shape}, v {v.shape}"

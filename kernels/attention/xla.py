@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..block_mask import BlockMask
+from ..implementation import first_order
 
 GROUP_BLOCKS = 64
 """Query blocks walked together: enough to fill a GPU, few enough that uneven lists waste little."""
@@ -187,6 +188,7 @@ def _forward_with_residuals(
 
 
 def _backward(scale: float, residuals: _Residuals, d_output_THK: Array) -> tuple[Array, Array, Array, None]:
+    residuals, d_output_THK = first_order("block_sparse_attention", (residuals, d_output_THK))
     q_THK, k_THK, v_THK, mask, output_THK, log_sum_TH = residuals
     tokens, heads, width = q_THK.shape
     size = mask.block_size

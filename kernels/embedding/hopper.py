@@ -54,7 +54,7 @@ def hopper_gradient(d_rows_TD: Array, order: TokenOrder, dtype: DTypeLike) -> Ar
 def unsupported(tokens: int, width: int) -> str | None:
     """Return what the kernels need of a shape, None where they have it."""
     for what, size, multiple in (("T", tokens, TOKENS), ("D", width, THREADS)):
-        if size % multiple:
+        if size % multiple or not size:
             return f"{what} a multiple of {multiple}, got {size}"
     return None
 

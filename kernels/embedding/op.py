@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose
+from ..implementation import Implementation, check_ids, choose, first_order
 from .order import TokenOrder, sort_tokens
 
 
@@ -22,14 +22,18 @@ def embed(
 
     Args:
       table_VD: bfloat16 or float32.
-      tokens_T: ids in [0, V).
+      tokens_T: ids in [0, V); others give NaN.
       order: `sort_tokens(tokens_T, V)`, for the gradient by the Hopper kernel: one for all tables with the same
         tokens. None: sorted here, if it is needed.
       implementation: of the gradient; `hopper` is for T a multiple of 64 and D of 128.
 
     Raises:
-      ValueError: if `hopper` does not support a size, or does not run here.
+      ValueError: for a table or tokens of another rank or type; if `hopper` does not support a size, or does not run
+        here.
     """
+    table_VD, tokens_T = jnp.asarray(table_VD), check_ids("embed", "tokens", tokens_T)
+    if table_VD.ndim != 2 or not jnp.issubdtype(table_VD.dtype, jnp.floating):
+        raise ValueError(f"embed: the table must be floats of shape (V, D), got {table_VD.dtype} {table_VD.shape}")
     name = choose("embed", implementation, lambda: unsupported(tokens_T.shape[0], table_VD.shape[1]))
     if name != "hopper":
         order = None
@@ -48,13 +52,14 @@ def unsupported(tokens: int, width: int) -> str | None:
 
 def plain_gradient(d_rows_TD: Array, tokens_T: Array, vocab_size: int, dtype: DTypeLike) -> Array:
     """Return the gradient (V, D) by scatter-add: what the kernel's must equal."""
-    zeros_VD = jnp.zeros((vocab_size, d_rows_TD.shape[1]), jnp.float32)
-    return zeros_VD.at[tokens_T].add(d_rows_TD.astype(jnp.float32)).astype(dtype)
+    wide_TD = d_rows_TD.astype(jnp.promote_types(d_rows_TD.dtype, jnp.float32))
+    zeros_VD = jnp.zeros_like(wide_TD, shape=(vocab_size, d_rows_TD.shape[1]))
+    return zeros_VD.at[tokens_T].add(wide_TD, mode="drop", wrap_negative_indices=False).astype(dtype)
 
 
 @jax.custom_vjp
 def _embed(table_VD: Array, tokens_T: Array, order: TokenOrder | None) -> Array:
-    return table_VD[tokens_T]
+    return table_VD.at[tokens_T].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _forward(
@@ -70,7 +75,7 @@ def _backward(residuals: tuple[Array, Array, TokenOrder | None], d_rows_TD: Arra
         return plain_gradient(d_rows_TD, tokens_T, shape_V0.shape[0], shape_V0.dtype), None, None
     from .hopper import hopper_gradient
 
-    return hopper_gradient(d_rows_TD, order, shape_V0.dtype), None, None
+    return hopper_gradient(first_order("embed", d_rows_TD), order, shape_V0.dtype), None, None
 
 
 _embed.defvjp(_forward, _backward)

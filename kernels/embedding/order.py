@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..implementation import check_ids
+
 
 class TokenOrder(NamedTuple):
     """A stable sort of T tokens by id.
@@ -24,8 +26,14 @@ def sort_tokens(tokens_T: Array, vocab_size: int) -> TokenOrder:
     """Sort integer ids in [0, `vocab_size`).
 
     Ids outside are clipped: kernels address memory by them.
+
+    Raises:
+      ValueError: for another rank or type, or no tokens.
     """
+    tokens_T = check_ids("sort_tokens", "tokens", tokens_T)
     length = tokens_T.shape[0]
+    if not length:
+        raise ValueError("sort_tokens: tokens must be at least one")
     position_T = lax.iota(jnp.int32, length)
     ids_T = jnp.clip(tokens_T, 0, vocab_size - 1).astype(jnp.int32)
     # Two int32 operands: what XLA turns into one radix sort on a GPU.

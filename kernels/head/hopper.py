@@ -14,18 +14,20 @@ def loss_and_logit_gradient(x_CD: Array, w_VD: Array, targets_C: Array) -> tuple
 
     Args:
       x_CD, w_VD: e4m3, scaled by 2 and 32; C and V multiples of 128, D of 128 and at most 768.
-      targets_C: int32 ids.
+      targets_C: int32 ids; of a token with a negative one, loss and gradient are 0.
     """
     z_CV, totals = logits_and_totals(x_CD, w_VD, unscale=1 / (X_SCALE * W_SCALE))
-    total_C = totals.sum(axis=0)
-    target_z_C = jnp.take_along_axis(z_CV, targets_C[:, None], axis=1)[:, 0].astype(jnp.float32)
-    loss_C = jnp.log(total_C) + CAP - CAP * jax.nn.sigmoid(target_z_C / TEMPERATURE)
-    return loss_C, *logit_gradient(z_CV, jnp.log2(total_C), targets_C)
+    total_C, counts_C = totals.sum(axis=0), targets_C >= 0
+    target_z_C = jnp.take_along_axis(z_CV, jnp.where(counts_C, targets_C, 0)[:, None], axis=1)[:, 0]
+    loss_C = jnp.log(total_C) + CAP - CAP * jax.nn.sigmoid(target_z_C.astype(jnp.float32) / TEMPERATURE)
+    # With an infinite total a token has no weights.
+    log2_total_C = jnp.where(counts_C, jnp.log2(total_C), jnp.inf)
+    return jnp.where(counts_C, loss_C, 0), *logit_gradient(z_CV, log2_total_C, targets_C)
 
 
 def unsupported(tokens: int, vocab_size: int, width: int) -> str | None:
     """Return what the kernels need of a shape, None where they have it."""
     for what, size, multiple in (("T", tokens, TOKENS), ("V", vocab_size, VOCAB_TILE), ("D", width, CHANNELS)):
-        if size % multiple:
+        if size % multiple or not size:
             return f"{what} a multiple of {multiple}, got {size}"
     return f"D at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None

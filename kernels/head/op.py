@@ -14,6 +14,7 @@ scale is 2^13 per token, which is the record's 2^29 for a mean over 65,536.
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose
+from ..implementation import Implementation, check_ids, choose, first_order
 from .numerics import CAP, GRADIENT_SCALE, TEMPERATURE, W_SCALE, X_SCALE, HeadPrecision
+
+IGNORE_INDEX = -100
+"""A target that asks for nothing, by PyTorch's convention: its token is in neither loss nor gradients."""
 
 _CHUNK_TOKENS = {"cpu": 128}  # 26 MB of logits: near the size of a last-level cache
 _CHUNK_TOKENS_ACCELERATOR = 8192  # 1.6 GB of logits in float32: few passes over the gradient's accumulator
@@ -59,18 +63,24 @@ def head_loss(
     Args:
       x_TD: the normalised output of the last layer.
       head_VD: float32 weights, V padded.
-      targets_T: ids in [0, V).
+      targets_T: ids in [0, V), or `IGNORE_INDEX`: the mean is over the other tokens, NaN over none.
       precision: see `HeadPrecision`.
       implementation: of the gradient; `hopper` is for `fp8` only. A loss that nobody differentiates is `xla`'s.
       chunk_tokens: at most so many tokens' logits exist at a time; by default what suits the device.
 
     Returns:
-      A float32 scalar. Differentiable in `x_TD` and `head_VD`. Inside `shard_map`, switch off
-      `check_vma`: neither Pallas' GPU kernels nor the sums over chunks carry it.
+      A float32 scalar. Differentiable in `x_TD` and `head_VD`, with `hopper` once. A target that is neither makes it
+      and its gradients NaN where only the device sees the targets. Inside `shard_map`, switch off `check_vma` for
+      `hopper`: Pallas' GPU kernels do not carry it.
 
     Raises:
-      ValueError: if `hopper` does not support the precision or a size, or does not run here.
+      ValueError: for shapes that do not fit together, no tokens, or targets that are neither ids nor `IGNORE_INDEX`;
+        if `hopper` does not support the precision or a size, or does not run here.
     """
+    x_TD, head_VD = jnp.asarray(x_TD), jnp.asarray(head_VD)
+    _check_known(targets_T, head_VD.shape[0])
+    targets_T = check_ids("head_loss", "targets", targets_T)
+    _check(x_TD, head_VD, targets_T, precision)
     implementation = choose("head_loss", implementation, lambda: unsupported(precision, x_TD.shape[0], *head_VD.shape))
     if chunk_tokens is None:
         chunk_tokens = _chunk_tokens(implementation)
@@ -79,6 +89,8 @@ def head_loss(
 
 def head_logits(x_TD: Array, head_VD: Array, precision: HeadPrecision) -> Array:
     """Return the capped logits themselves, (T, V) float32. For sampling and tests: small T only."""
+    x_TD, head_VD = jnp.asarray(x_TD), jnp.asarray(head_VD)
+    _check_precision("head_logits", precision)
     z_TV = _logits(_operand(x_TD, precision, X_SCALE), _operand(head_VD, precision, W_SCALE), precision)
     return CAP * jax.nn.sigmoid(z_TV / TEMPERATURE)
 
@@ -97,12 +109,12 @@ def _head_loss(
     w_VD = _operand(head_VD, precision, W_SCALE)
 
     def chunk_loss(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        x_CD, targets_C = chunk
+        x_CD, targets_C = _counted(*chunk)
         z_CV = _logits(_operand(x_CD, precision, X_SCALE), w_VD, precision)
         return total + jnp.sum(_cross_entropy(z_CV, targets_C)[0]), None
 
-    total, _ = lax.scan(chunk_loss, jnp.float32(0), chunks)
-    return total / x_TD.shape[0]
+    total, _ = lax.scan(chunk_loss, _zero_like(w_VD, *chunks), chunks)
+    return total / x_TD.shape[0] * _of_counted(targets_T, head_VD.shape[0])
 
 
 def _forward(
@@ -112,8 +124,8 @@ def _forward(
     precision: HeadPrecision,
     implementation: Implementation,
     chunk_tokens: int,
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    tokens = x_TD.shape[0]
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    tokens, of_counted = x_TD.shape[0], _of_counted(targets_T, head_VD.shape[0])
     w_VD = _operand(head_VD, precision, W_SCALE)
     scales = (X_SCALE, W_SCALE, GRADIENT_SCALE) if precision.startswith("fp8") else (1.0, 1.0, 1.0)
     x_scale, w_scale, gradient_scale = scales
@@ -121,34 +133,36 @@ def _forward(
 
     def chunk_step(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_head_VD = carry
-        x_CD, targets_C = chunk
+        x_CD, targets_C = _counted(*chunk)
         x_CD = _operand(x_CD, precision, X_SCALE)
         loss_C, d_z_CV, d_z_VC = differentiate(x_CD, w_VD, targets_C)
         d_x_CD = _gradient_dot(d_z_CV, w_VD, precision, x_TD.dtype)
         d_head_VD = d_head_VD + _gradient_dot(d_z_VC, x_CD, precision, jnp.float32)
         return (total + jnp.sum(loss_C), d_head_VD), d_x_CD
 
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
     chunks = _chunks(x_TD, targets_T, chunk_tokens, multiple)
+    zero = _zero_like(w_VD, *chunks)
+    start = (zero, jnp.broadcast_to(zero, head_VD.shape))
     # A loop has the gradient of W in a place of its own, but cuBLAS adds its products up out of place: a copy a turn.
     few = chunks[1].shape[0] <= 2
     (total, d_head_VD), d_x = lax.scan(chunk_step, start, chunks, unroll=few)
     d_head_VD = d_head_VD / (gradient_scale * x_scale * tokens)
     # The scales are powers of two, so that this rounds nothing; T may be none.
     d_x_TD = d_x.reshape(x_TD.shape) / (gradient_scale * w_scale)
-    return total / tokens, (d_x_TD, d_head_VD.astype(head_VD.dtype), targets_T)
+    return total / tokens * of_counted, (d_x_TD, d_head_VD.astype(head_VD.dtype), targets_T, of_counted)
 
 
 def _backward(
     precision: HeadPrecision,
     implementation: Implementation,
     chunk_tokens: int,
-    residuals: tuple[Array, Array, Array],
+    residuals: tuple[Array, Array, Array, Array],
     d_loss: Array,
 ) -> tuple[Array, Array, np.ndarray]:
-    d_x_TD, d_head_VD, targets_T = residuals  # of the sum over tokens, and of their mean
+    d_x_TD, d_head_VD, targets_T, of_counted = residuals  # gradients of the sum over tokens, and of their mean
+    d_loss = d_loss * of_counted
     d_x_TD = (d_loss / d_x_TD.shape[0] * d_x_TD.astype(jnp.float32)).astype(d_x_TD.dtype)
-    return d_x_TD, d_loss * d_head_VD, np.zeros(targets_T.shape, jax.dtypes.float0)
+    return d_x_TD, (d_loss * d_head_VD).astype(d_head_VD.dtype), np.zeros(targets_T.shape, jax.dtypes.float0)
 
 
 _head_loss.defvjp(_forward, _backward)
@@ -161,7 +175,11 @@ def _differentiation(
     if implementation == "hopper":
         from .hopper import TOKENS, loss_and_logit_gradient
 
-        return loss_and_logit_gradient, TOKENS
+        def by_kernels(x_CD: Array, w_VD: Array, targets_C: Array) -> tuple[Array, Array, Array]:
+            x_CD, w_VD = first_order("head_loss", (x_CD, w_VD))
+            return loss_and_logit_gradient(x_CD, w_VD, targets_C)
+
+        return by_kernels, TOKENS
 
     def differentiate(x_CD: Array, w_VD: Array, targets_C: Array) -> tuple[Array, Array, Array]:
         loss_C, d_z_CV = _cross_entropy(_logits(x_CD, w_VD, precision), targets_C)
@@ -182,11 +200,59 @@ def _cross_entropy(z_CV: Array, targets_C: Array) -> tuple[Array, Array]:
     weights_CV = jnp.exp(CAP * gate_CV - CAP)
     total_C1 = jnp.sum(weights_CV, axis=-1, keepdims=True)
     # Picking the target's z by index saves a pass over the vocabulary.
-    target_z_C = jnp.take_along_axis(z_CV, targets_C[:, None], axis=1)[:, 0]
-    loss_C = jnp.log(total_C1[:, 0]) + CAP - CAP * gate(target_z_C)
+    counts_C = targets_C >= 0
+    target_z_C = jnp.take_along_axis(z_CV, jnp.where(counts_C, targets_C, 0)[:, None], axis=1)[:, 0]
+    loss_C = jnp.where(counts_C, jnp.log(total_C1[:, 0]) + CAP - CAP * gate(target_z_C), 0)
     target_CV = jnp.arange(z_CV.shape[-1]) == targets_C[:, None]
+    # As in the kernels: with an infinite total, a token that does not count has no weights, and no target.
+    total_C1 = jnp.where(counts_C[:, None], total_C1, jnp.inf)
     d_logits_CV = weights_CV * (1 / total_C1) - target_CV
     return loss_C, d_logits_CV * (CAP / TEMPERATURE) * gate_CV * (1 - gate_CV)
+
+
+def _of_counted(targets_T: Array, vocab_size: int) -> Array:
+    """Return all tokens' share of those that count, of which means are: 1 if all do, NaN if a target is impossible."""
+    tokens = targets_T.shape[0]
+    count = jnp.sum(targets_T != IGNORE_INDEX)
+    possible = jnp.all((targets_T == IGNORE_INDEX) | ((targets_T >= 0) & (targets_T < vocab_size)))
+    share = jnp.where(count == tokens, 1.0, tokens / count.astype(jnp.float32))
+    return jnp.where(possible & (count > 0), share, jnp.nan)
+
+
+def _counted(x_CD: Array, targets_C: Array) -> tuple[Array, Array]:
+    """Take out the x of tokens that do not count: their gradients are 0, and 0 x NaN would be NaN."""
+    return jnp.where(targets_C[:, None] == IGNORE_INDEX, 0, x_CD), targets_C
+
+
+def _zero_like(*arrays: Array) -> Array:
+    """Return 0 as a float32 that varies over a mesh as all of these do: what a sum over chunks starts from."""
+    return sum((jnp.sum(array[:0].astype(jnp.float32)) for array in arrays), jnp.float32(0))
+
+
+def _check(x_TD: Array, head_VD: Array, targets_T: Array, precision: HeadPrecision) -> None:
+    _check_precision("head_loss", precision)
+    if x_TD.ndim != 2 or head_VD.ndim != 2 or x_TD.shape != (targets_T.shape[0], head_VD.shape[1]) or not x_TD.size:
+        raise ValueError(
+            f"head_loss needs x (T, D), weights (V, D) and targets (T,) with T at least 1, "
+            f"got {x_TD.shape}, {head_VD.shape} and {targets_T.shape}"
+        )
+
+
+def _check_precision(op: str, precision: HeadPrecision) -> None:
+    if precision not in get_args(HeadPrecision):
+        raise ValueError(f"{op}: unknown precision {precision!r}; choose one of {', '.join(get_args(HeadPrecision))}")
+
+
+def _check_known(targets_T: Array, vocab_size: int) -> None:
+    """Refuse impossible targets where their values are here to be seen."""
+    if isinstance(targets_T, jax.core.Tracer) or not getattr(targets_T, "is_fully_addressable", True):
+        return
+    values = np.asarray(targets_T)
+    bad = values[(values != IGNORE_INDEX) & ((values < 0) | (values >= vocab_size))]
+    if bad.size:
+        raise ValueError(
+            f"head_loss: targets must be ids in [0, {vocab_size}) or IGNORE_INDEX ({IGNORE_INDEX}), got {bad.flat[0]}"
+        )
 
 
 def _operand(values: Array, precision: HeadPrecision, scale: float) -> Array:

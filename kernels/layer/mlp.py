@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose
+from ..implementation import Implementation, choose, first_order
 from . import residual
-from .residual import known_rstd, linear, weight_gradient
+from .residual import known_rstd, linear, weight_gradient, wide
 
 
 def mlp(
@@ -40,7 +40,7 @@ def mlp(
 
     Args:
       x_TD: the residual stream.
-      rstd_T: s, float32: `residual.rstd` of x, known. Its gradient is part of x's.
+      rstd_T: s, float32 (float64 for such an x): `residual.rstd` of x, known. Its gradient is part of x's.
       fc_FD, proj_DF: W and P, stored (out, in); their gradients have their dtypes.
       implementation: `hopper` is for bfloat16, T a multiple of 128, D and F of 256.
 
@@ -52,11 +52,12 @@ def mlp(
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does not
         run here.
     """
+    x_TD, rstd_T, fc_FD, proj_DF = map(jnp.asarray, (x_TD, rstd_T, fc_FD, proj_DF))
     _check(x_TD, rstd_T, fc_FD, proj_DF)
     name = choose("mlp", implementation, lambda: unsupported(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape)))
     if name == "hopper":
         return _hopper(x_TD, rstd_T, fc_FD, proj_DF)
-    wide_TD = x_TD.astype(jnp.float32)  # in which its gradient's parts are summed: see residual.py
+    wide_TD = x_TD.astype(wide(x_TD.dtype))  # in which its gradient's parts are summed: see residual.py
     z_TF = linear(wide_TD.astype(x_TD.dtype), fc_FD)
     y_TD = linear(relu_squared(z_TF, known_rstd(wide_TD, rstd_T)), proj_DF)
     return (wide_TD + y_TD).astype(x_TD.dtype)
@@ -68,8 +69,8 @@ def unsupported(dtype: DTypeLike, tokens: int, width: int, hidden: int) -> str |
 
 
 def relu_squared(z_TF: Array, rstd_T: Array) -> Array:
-    """Return relu(s z)^2 in the dtype of z, computed in float32."""
-    root_TF = jnp.maximum(z_TF.astype(jnp.float32), 0) * rstd_T[:, None]
+    """Return relu(s z)^2 in the dtype of z, computed in float32 or wider."""
+    root_TF = jnp.maximum(z_TF.astype(wide(z_TF.dtype)), 0) * rstd_T[:, None]
     return (root_TF * root_TF).astype(z_TF.dtype)
 
 
@@ -91,6 +92,7 @@ def _hopper_forward(x_TD: Array, rstd_T: Array, fc_FD: Array, proj_DF: Array) ->
     from .mlp_hopper import matmul_relu_squared
     from .residual_hopper import matmul_add
 
+    x_TD, rstd_T, fc_FD, proj_DF = first_order("mlp", (x_TD, rstd_T, fc_FD, proj_DF))
     r2_TF = matmul_relu_squared(x_TD, fc_FD.astype(x_TD.dtype), rstd_T)
     y_TD, _ = matmul_add(r2_TF, proj_DF.astype(x_TD.dtype), (None, x_TD))
     return y_TD, Saved(x_TD, rstd_T, fc_FD, proj_DF, r2_TF)
@@ -100,7 +102,7 @@ def _hopper_backward(saved: Saved, dy_TD: Array) -> tuple[Array, Array, Array, A
     from .mlp_hopper import matmul_slope
     from .residual_hopper import matmul_add
 
-    x_TD, rstd_T, fc_FD, proj_DF, r2_TF = saved
+    (x_TD, rstd_T, fc_FD, proj_DF, r2_TF), dy_TD = first_order("mlp", (saved, dy_TD))
     fc_DF, proj_FD = (weight.astype(x_TD.dtype).T for weight in (fc_FD, proj_DF))
     dz_TF, shares_PT = matmul_slope(dy_TD, proj_FD, rstd_T, r2_TF)
     # The shares sum to 2 s^3 times the gradient of s, which times -s^3 / D goes along x: powers of s cancel.
@@ -119,5 +121,7 @@ def _check(x_TD: Array, rstd_T: Array, fc_FD: Array, proj_DF: Array) -> None:
             f"mlp needs x (T, D), fc (F, D) and proj (D, F), got {x_TD.shape}, {fc_FD.shape} and {proj_DF.shape}; "
             "for more sequences, vmap it with implementation='xla' or join their tokens"
         )
-    if rstd_T.shape != x_TD.shape[:1] or rstd_T.dtype != jnp.float32:
-        raise ValueError(f"rstd must be {x_TD.shape[:1]} float32 for x {x_TD.shape}, got {rstd_T.shape} {rstd_T.dtype}")
+    if rstd_T.shape != x_TD.shape[:1] or rstd_T.dtype != wide(x_TD.dtype):
+        raise ValueError(
+            f"rstd must be {x_TD.shape[:1]} {wide(x_TD.dtype)} for x {x_TD.shape}, got {rstd_T.shape} {rstd_T.dtype}"
+        )

@@ -26,12 +26,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose
+from ..implementation import Implementation, choose, first_order, known_number
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """Return the type in which sums are taken: float32, or float64 for it."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rstd(x_TD: Array, epsilon: float) -> Array:
-    """Return 1 / sqrt(mean of a token's squares + `epsilon`), (T,) float32."""
-    wide_TD = x_TD.astype(jnp.float32)
+    """Return 1 / sqrt(mean of a token's squares + `epsilon`), (T,) float32, or float64 if x is."""
+    wide_TD = x_TD.astype(wide(x_TD.dtype))
     return lax.rsqrt(jnp.mean(wide_TD * wide_TD, axis=-1) + epsilon)
 
 
@@ -43,14 +48,15 @@ def known_rstd(x_TD: Array, rstd_T: Array) -> Array:
 
 
 def _known_forward(x_TD: Array, rstd_T: Array) -> tuple[Array, tuple[Array, Array]]:
-    return rstd_T, (x_TD, rstd_T)
+    return known_rstd(x_TD, rstd_T), (x_TD, rstd_T)  # what differentiates this knows it too
 
 
 def _known_backward(saved: tuple[Array, Array], d_rstd_T: Array) -> tuple[Array, Array]:
     x_TD, rstd_T = saved
+    rstd_T = known_rstd(x_TD, rstd_T)
     # d rstd / dx = -rstd^3 x / D: epsilon cancels.
     along_x_T = d_rstd_T * rstd_T * rstd_T * rstd_T * (-1 / x_TD.shape[1])
-    return (along_x_T[:, None] * x_TD.astype(jnp.float32)).astype(x_TD.dtype), jnp.zeros_like(rstd_T)
+    return (along_x_T[:, None] * x_TD.astype(wide(x_TD.dtype))).astype(x_TD.dtype), jnp.zeros_like(rstd_T)
 
 
 known_rstd.defvjp(_known_forward, _known_backward)
@@ -90,6 +96,8 @@ def add_linear(
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does not
         run here.
     """
+    x_TD, y_TC, weight_DC = map(jnp.asarray, (x_TD, y_TC, weight_DC))
+    epsilon = known_number("add_linear", "epsilon", epsilon)
     if x_TD.ndim != 2 or y_TC.ndim != 2 or weight_DC.shape != (x_TD.shape[1], y_TC.shape[1]):
         raise ValueError(
             f"add_linear needs x (T, D), y (T, C) and a weight (D, C), "
@@ -130,6 +138,7 @@ def _hopper(x_TD: Array, y_TC: Array, weight_DC: Array, epsilon: float) -> tuple
 def _hopper_forward(
     x_TD: Array, y_TC: Array, weight_DC: Array, epsilon: float
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    x_TD, y_TC, weight_DC = first_order("add_linear", (x_TD, y_TC, weight_DC))
     return _hopper(x_TD, y_TC, weight_DC, epsilon), (y_TC, weight_DC)
 
 
@@ -137,7 +146,7 @@ def _hopper_backward(
     epsilon: float, saved: tuple[Array, Array], gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
     del epsilon
-    (y_TC, weight_DC), (dx_TD, _) = saved, gradients
+    (y_TC, weight_DC), (dx_TD, _) = first_order("add_linear", (saved, gradients))
     dy_TC = lax.dot_general(dx_TD, weight_DC.astype(dx_TD.dtype), (((1,), (0,)), ((), ())))
     return dx_TD, dy_TC, weight_gradient(dx_TD, y_TC, weight_DC.dtype)
 

@@ -38,7 +38,7 @@ Source: NanoGPT speedrun record of 16 January 2025, with PyTorch's RMS norm; the
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,8 @@ from jax.typing import DTypeLike
 from ..attention.op import block_sparse_attention
 from ..attention.schedule import Schedule, build_schedule
 from ..block_mask import BLOCK_SIZE, BlockMask
-from ..implementation import Implementation, choose
-from .residual import known_rstd, linear, weight_gradient
+from ..implementation import Implementation, check_name, choose, first_order, known_number
+from .residual import known_rstd, linear, weight_gradient, wide
 
 type Heads = tuple[Array, Array, Array]
 
@@ -98,18 +98,29 @@ def self_attention(
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does
         not run here.
     """
+    arrays = jax.tree.map(jnp.asarray, (x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR))
+    x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR = arrays
     if value_embedding_TC is not None:
         value_embedding_TC = value_embedding_TC.astype(x_TD.dtype)
     inputs = Inputs(x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, *lax.stop_gradient((cos_TR, sin_TR)))
     _check(inputs, heads)
+    check_name("self_attention: attention", attention, get_args(Implementation))
+    softmax_scale = known_number("self_attention", "softmax_scale", softmax_scale)
+    epsilon = known_number("self_attention", "epsilon", epsilon)
     channels, width = qkv_3CD.shape[1:]
     sizes = x_TD.shape[0], width, channels, channels // heads, cos_TR.shape[1]
     name = choose("self_attention", implementation, lambda: unsupported(x_TD.dtype, *sizes, mask.block_size))
+    mask = mask.checked()
+    if mask.documents.shape != x_TD.shape[:1]:
+        raise ValueError(
+            f"self_attention: the mask is for {mask.documents.shape} tokens, but x is {x_TD.shape}; "
+            "build it from the same sequence"
+        )
     if name == "hopper":
         with jax.named_scope("masks"):
             schedule = build_schedule(mask)
         return _hopper(softmax_scale, epsilon, inputs, mask.documents, schedule)
-    wide_TD = x_TD.astype(jnp.float32)  # in which its gradient's parts are summed: see residual.py
+    wide_TD = x_TD.astype(wide(x_TD.dtype))  # in which its gradient's parts are summed: see residual.py
     q_THK, k_THK, v_THK = project_heads(inputs._replace(x_TD=wide_TD), x_TD.dtype, heads=heads, epsilon=epsilon)
     with jax.named_scope("attention"):
         y_THK = block_sparse_attention(q_THK, k_THK, v_THK, mask, scale=softmax_scale, implementation=attention)
@@ -153,7 +164,7 @@ def project_heads(inputs: Inputs, dtype: DTypeLike, *, heads: int, epsilon: floa
     x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR = inputs
     length, rotated = x_TD.shape[0], cos_TR.shape[1]
     qkv_TM = linear(x_TD.astype(dtype), qkv_3CD.reshape(-1, x_TD.shape[1]))
-    scaled_TM = qkv_TM.astype(jnp.float32) * known_rstd(x_TD, rstd_T)[:, None]
+    scaled_TM = qkv_TM.astype(wide(dtype)) * known_rstd(x_TD, rstd_T)[:, None]
     q_THK, k_THK, v_THK = (y_TC.reshape(length, heads, -1) for y_TC in jnp.split(scaled_TM, 3, axis=1))
     cos, sin = cos_TR[:, None], sin_TR[:, None]
 
@@ -164,7 +175,7 @@ def project_heads(inputs: Inputs, dtype: DTypeLike, *, heads: int, epsilon: floa
 
     v_THK = lambdas[0] * v_THK
     if value_embedding_TC is not None:
-        v_THK = v_THK + lambdas[1] * value_embedding_TC.astype(jnp.float32).reshape(v_THK.shape)
+        v_THK = v_THK + lambdas[1] * value_embedding_TC.astype(wide(dtype)).reshape(v_THK.shape)
     return normed_and_rotated(q_THK).astype(dtype), normed_and_rotated(k_THK).astype(dtype), v_THK.astype(dtype)
 
 
@@ -193,7 +204,7 @@ def _hopper_forward(
     from .residual_hopper import matmul_add
     from .self_attention_hopper import matmul_norm_rotary
 
-    x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, *angles = inputs
+    x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, *angles = first_order("self_attention", inputs)
     q_CD, k_CD, v_CD = _weights(qkv_3CD, lambdas, x_TD.dtype)
     q_TC, q_factor_HT = matmul_norm_rotary(x_TD, q_CD, rstd_T, *angles, epsilon=epsilon)
     k_TC, k_factor_HT = matmul_norm_rotary(x_TD, k_CD, rstd_T, *angles, epsilon=epsilon)
@@ -215,6 +226,7 @@ def _hopper_backward(
     from ..attention.hopper_backward import Origin, backward_dkv, backward_dq
     from .residual_hopper import matmul_add
 
+    saved, gradients = first_order("self_attention", (saved, gradients))
     x_TD, rstd_T, qkv_3CD, value_embedding_TC, lambdas, cos_TR, sin_TR = saved.inputs
     dx_past_TD, dy_TC = gradients
     dy_THK = dy_TC.reshape(saved.y_THK.shape)
@@ -287,12 +299,13 @@ def _check(inputs: Inputs, heads: int) -> None:
         raise ValueError(
             f"cos must be (T, R) with R <= K / 2, the pairs of a head, got {cos_TR.shape} for K = {channels // heads}"
         )
+    number = wide(x_TD.dtype)
     for name, array, shape, dtype in (
-        ("rstd", rstd_T, (length,), jnp.float32),
+        ("rstd", rstd_T, (length,), number),
         ("value_embedding", value_embedding_TC, (length, channels), None),
-        ("lambdas", lambdas, (2,), jnp.float32),
-        ("cos", cos_TR, (length, cos_TR.shape[1]), jnp.float32),
-        ("sin", sin_TR, cos_TR.shape, jnp.float32),
+        ("lambdas", lambdas, (2,), number),
+        ("cos", cos_TR, (length, cos_TR.shape[1]), number),
+        ("sin", sin_TR, cos_TR.shape, number),
     ):
         if array is not None and (array.shape != shape or dtype not in (None, array.dtype)):
             wanted = f"{shape} {jnp.dtype(dtype)}" if dtype else f"{shape}"

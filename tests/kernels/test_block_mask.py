@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax_speedrun.kernels.block_mask import (
     visible_pairs,
 )
 from tests.marks import slow
+from tests.numpy_attention import random_mask
 
 BATCH = 50
 LENGTHS = [BLOCK_SIZE, 3 * BLOCK_SIZE, 5 * BLOCK_SIZE, 8 * BLOCK_SIZE]
@@ -302,3 +304,71 @@ def test_bad_shapes_are_named(shape: tuple[int, ...]) -> None:
         long_short_masks(jnp.zeros(shape, jnp.int32), 1)
     assert str(shape) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), window=st.integers(-1, 6))
+def test_a_window_of_any_lists_drops_what_lies_before_it(seed: int, window: int) -> None:
+    """In lists of any order, with gaps and later keys, and a batch axis."""
+    rng, size = np.random.default_rng(seed), 8
+    masks, visibles = zip(*[random_mask(rng, 4, size, rng.random()) for _ in range(2)], strict=True)
+    block_T = np.arange(4 * size) // size
+    wanted = np.stack(visibles) & (block_T[:, None] - block_T < max(window, 1))
+    batched = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+    narrowed = [mask.windowed(window) for mask in masks]
+    for mask in (batched.windowed(window), jax.tree.map(lambda *leaves: jnp.stack(leaves), *narrowed)):
+        np.testing.assert_array_equal(mask.dense(), wanted)
+    for mask, whole in zip(narrowed, masks, strict=True):
+        for before, after, count in (
+            (whole.partial_indices, mask.partial_indices, mask.partial_counts),
+            (whole.full_indices, mask.full_indices, mask.full_counts),
+        ):
+            np.testing.assert_array_equal(np.sort(before), np.sort(after))
+            for row, kept in enumerate(count):  # in their order
+                places = [list(before[row]).index(block) for block in after[row][:kept]]
+                assert places == sorted(places)
+
+
+WINDOWS = [2**40, 2**31, np.int64(2**40), np.uint32(2**32 - 1), jnp.uint32(2**32 - 1), np.uint64(2**63), np.uint8(255)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: f"{type(window).__name__} {window}")
+def test_a_window_larger_than_any_sequence_is_no_window(window: Any) -> None:
+    tokens_T = with_starts(4 * BLOCK_SIZE, [0])
+    unlimited, _ = long_short_masks(tokens_T, 4)
+    for mask in (*long_short_masks(tokens_T, window), unlimited.windowed(window)):
+        jax.tree.map(np.testing.assert_array_equal, mask, unlimited)
+
+
+@pytest.mark.parametrize("window", [0, -1, np.int32(-5), np.int8(-128), jnp.int32(-(2**31))])
+def test_no_window_leaves_the_diagonal(window: Any) -> None:
+    tokens_T = with_starts(4 * BLOCK_SIZE, [0, 200])
+    unlimited, _ = long_short_masks(tokens_T, 4)
+    for mask in (*long_short_masks(tokens_T, window), unlimited.windowed(window)):
+        np.testing.assert_array_equal(mask.dense_blocks()[0], np.eye(4, dtype=bool))
+        assert not np.asarray(mask.full_counts).any()
+
+
+@pytest.mark.parametrize("window", [1.0, np.float32(2), "3", None, np.ones(2, int), np.True_])
+def test_a_window_that_is_no_integer_is_refused(window: Any) -> None:
+    tokens_T = with_starts(4 * BLOCK_SIZE, [0])
+    unlimited, _ = long_short_masks(tokens_T, 4)
+    for call in (lambda: long_short_masks(tokens_T, window), lambda: unlimited.windowed(window)):
+        with pytest.raises(ValueError, match="a window must be an integer, of blocks, got"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "uint32", "int64"])
+def test_tokens_of_any_type_that_holds_a_documents_start(dtype: str) -> None:
+    tokens_T = with_starts(3 * BLOCK_SIZE, [0, 130])
+    for tokens in (tokens_T.astype(dtype), jnp.asarray(tokens_T.astype(dtype))):
+        jax.tree.map(np.testing.assert_array_equal, long_short_masks(tokens, 3), long_short_masks(tokens_T, 3))
+    assert visible_pairs(tokens_T.astype(dtype), 3) == visible_pairs(tokens_T, 3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "float32", "bool"])
+def test_tokens_of_other_types_are_refused(dtype: str) -> None:
+    tokens_T = np.zeros(BLOCK_SIZE, dtype)
+    for call in (lambda: long_short_masks(tokens_T, 1), lambda: visible_pairs(tokens_T, 1)):
+        with pytest.raises(ValueError, match=f"an integer type that can hold 50256, got {dtype}"):
+            call()

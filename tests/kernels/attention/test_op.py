@@ -250,5 +250,92 @@ class TestBadInput:
     def test_block_size(self):
         self.check("multiple", mask=dataclasses.replace(self.mask, block_size=128))
 
+    def test_nothing_at_all(self):
+        self.check("T, H and K must be at least 1", *[jnp.zeros((0, 2, 16))] * 3)
+        self.check("T, H and K must be at least 1", *[jnp.zeros((32, 0, 16))] * 3)
+
+    def test_scale_of_several_numbers(self):
+        with pytest.raises(ValueError, match=r"scale must be one number, got an array of shape \(2,\)"):
+            block_sparse_attention(self.q, self.q, self.q, self.mask, scale=jnp.ones(2))
+
+    @pytest.mark.parametrize(
+        ("leaf", "value", "message"),
+        [
+            ("partial_counts", np.zeros(3, int), r"partial_counts must be integers of shape \(4,\)"),
+            ("full_indices", np.zeros((4, 4)), r"full_indices must be integers .* got float64"),
+            ("full_counts", np.zeros((2, 4), int), r"full_counts must be integers of shape \(4,\)"),
+            ("documents", np.zeros((2, 32), int), r"partial_counts must be integers of shape \(2, 4\)"),
+            ("documents", np.zeros(30, int), r"documents must be .* multiple of block_size = 8"),
+            ("documents", np.zeros(32), "documents must be integers"),
+        ],
+    )
+    def test_lists_that_do_not_fit_together(self, leaf, value, message):
+        for implementation in IMPLEMENTATIONS:
+            self.check(message, mask=dataclasses.replace(self.mask, **{leaf: value}), implementation=implementation)
+
     def test_implementation(self):
         self.check("choose one of auto, hopper, xla, reference", implementation="flash")
+
+
+def numpy_case(seed=8):
+    rng = np.random.default_rng(seed)
+    mask, visible = random_mask(rng, blocks=4, block_size=8, density=0.6)
+    inputs = [rng.standard_normal((32, 2, 16)).astype(np.float32) for _ in range(4)]
+    return inputs, jax.tree.map(np.asarray, mask), visible
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numpy_arrays_outside_jit(implementation):
+    """Also in the mask, with whatever integers it has: as inside."""
+    (q, k, v, d_output), mask, visible = numpy_case()
+    mask = jax.tree.map(lambda leaf: leaf.astype(np.uint8), mask)
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask, scale=np.float32(SCALE), implementation=implementation)
+
+    output, pull = jax.vjp(attend, q, k, v)
+    want = dense_attention(q, k, v, d_output, visible, SCALE)
+    for got, expected in zip((attend(q, k, v), *pull(jnp.asarray(d_output))), want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=3e-5)
+    np.testing.assert_array_equal(output, jax.jit(attend)(q, k, v))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.3, -0.2])
+def test_scale_may_be_an_array_and_traced(implementation, scale):
+    """It is then a factor of q, with a gradient of its own."""
+    (q, k, v, d_output), mask, visible = numpy_case()
+
+    def attend(q, scale):
+        return block_sparse_attention(q, k, v, mask, scale=scale, implementation=implementation)
+
+    want = dense_attention(q, k, v, d_output, visible, scale)
+    for given in (jnp.float32(scale), np.asarray(scale)):
+        np.testing.assert_allclose(attend(q, given), want.output, atol=3e-5)
+    output, pull = jax.vjp(jax.jit(attend), q, jnp.float32(scale))
+    dq, d_scale = pull(jnp.asarray(d_output))
+    np.testing.assert_allclose(output, want.output, atol=3e-5)
+    np.testing.assert_allclose(dq, want.dq, atol=3e-5)
+    step = 1e-4
+    up, down = (dense_attention(q, k, v, d_output, visible, s).output for s in (scale + step, scale - step))
+    np.testing.assert_allclose(d_scale, np.sum((up - down) * d_output) / (2 * step), rtol=1e-3)
+
+
+def test_second_derivatives_are_the_references_and_others_say_so():
+    (q, k, v, d_output), mask, visible = numpy_case()
+
+    def slope(q, implementation):
+        def loss(q):
+            output = block_sparse_attention(q, k, v, mask, scale=SCALE, implementation=implementation)
+            return jnp.sum(output * d_output)
+
+        return jnp.sum(jax.grad(loss)(q) * v)
+
+    got = jax.grad(slope)(jnp.asarray(q), "reference")
+    direction, step = np.random.default_rng(0).standard_normal(q.shape), 1e-4
+    up, down = (dense_attention(q + s * direction, k, v, d_output, visible, SCALE).dq for s in (step, -step))
+    np.testing.assert_allclose(np.sum(got * direction), np.sum((up - down) * v) / (2 * step), rtol=1e-3)
+    message = "^block_sparse_attention: this implementation can be differentiated once, in reverse mode"
+    for differentiate in (jax.grad, jax.jacfwd):
+        with pytest.raises(TypeError, match=message):
+            differentiate(slope)(jnp.asarray(q), "xla")

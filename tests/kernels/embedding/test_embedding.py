@@ -235,3 +235,51 @@ def test_auto_is_hopper_where_it_runs_and_fits():
     assert automatic(H100, T, 768) == "hopper"
     assert automatic(H100, T + 1, 768) == automatic(H100, T, 96) == "xla"
     assert automatic(B200, T, 768) == "xla"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
+def test_numpy_tokens_of_any_integers(dtype):
+    rng = np.random.default_rng(4)
+    table, tokens = rng.standard_normal((V, 8)).astype(np.float32), rng.integers(0, 200, 20).astype(dtype)
+    np.testing.assert_array_equal(embed(table, tokens), table[tokens])
+    gradient = jax.grad(lambda table: embed(table, tokens).sum())(table)
+    np.testing.assert_array_equal(gradient[:, 0], np.bincount(tokens, minlength=V))
+
+
+def test_ids_outside_are_not_taken_for_others():
+    table, tokens = np.ones((V, 8), np.float32), np.array([0, -1, V, V - 1, 2**32 + 1, -(2**40)])
+    output, pull = jax.vjp(lambda table: embed(table, tokens), table)
+    inside = [0, 3]
+    assert np.isnan(np.delete(output, inside, axis=0)).all()
+    np.testing.assert_array_equal(output[jnp.array(inside)], 1)
+    (d_table,) = pull(jnp.ones_like(output))
+    np.testing.assert_array_equal(np.flatnonzero(d_table[:, 0]), [0, V - 1])
+
+
+def test_float64_is_summed_in_float64():
+    with jax.enable_x64(True):
+        table, rows = jnp.zeros((3, 2), jnp.float64), jnp.full((40, 2), 0.1, jnp.float64)
+        (got,) = jax.vjp(lambda table: embed(table, jnp.zeros(40, jnp.int32)), table)[1](rows)
+        np.testing.assert_allclose(got[0], 4, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("table", "tokens", "message"),
+    [
+        (np.ones((5, 3)), np.zeros((2, 3), int), r"embed: tokens must be integers of shape \(T,\), got int64 \(2, 3\)"),
+        (np.ones((5, 3)), np.zeros(3), "embed: tokens must be integers"),
+        (np.ones(5), np.zeros(3, int), r"embed: the table must be floats of shape \(V, D\)"),
+        (np.ones((5, 3), int), np.zeros(3, int), "embed: the table must be floats"),
+    ],
+)
+def test_arguments_that_do_not_fit(table, tokens, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        embed(table, tokens)
+
+
+def test_no_tokens():
+    assert embed(np.ones((5, 3), np.float32), np.zeros(0, int)).shape == (0, 3)
+    with pytest.raises(ValueError, match="sort_tokens: tokens must be at least one"):
+        sort_tokens(jnp.zeros(0, jnp.int32), 5)
+    with compiling_for_hopper(), pytest.raises(ValueError, match="T a multiple of 64, got 0"):
+        embed(np.ones((5, 128), np.float32), np.zeros(0, int), implementation="hopper")

@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 from jax_speedrun.kernels.head import hopper_gradient as head_hopper_gradient
 from jax_speedrun.kernels.head.hopper_gradient import logit_gradient
 from jax_speedrun.kernels.head.hopper_logits import logits_and_totals
-from jax_speedrun.kernels.head.op import W_SCALE, _operand, fp8_supported, head_logits, head_loss, unsupported
+from jax_speedrun.kernels.head.op import (
+    IGNORE_INDEX,
+    W_SCALE,
+    _operand,
+    fp8_supported,
+    head_logits,
+    head_loss,
+    unsupported,
+)
 from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
 from tests.devices import B200, H100
 from tests.marks import slow
@@ -338,3 +346,98 @@ def test_auto_is_hopper_where_it_runs_and_fits():
     assert automatic(H100, "fp8", tokens=1) == "xla"
     assert automatic(B200, "fp8") == "xla"
     assert automatic(jax.devices("cpu")[0], "fp8") == "xla"
+
+
+IMPLEMENTED = [("xla", "float32", 2e-5), ("xla", "fp8_emulated", 1e-2), slow("hopper", "fp8", 1e-2)]
+
+
+def run_anywhere(x, w, targets, precision, implementation):
+    with interpret_kernels():
+        return run(x, w, targets, precision, implementation=implementation, chunk_tokens=128)
+
+
+@pytest.mark.parametrize(("implementation", "precision", "tolerance"), IMPLEMENTED)
+def test_ignored_targets_are_in_neither_loss_nor_gradients(implementation, precision, tolerance):
+    """The mean is over the others; of the ignored tokens not even NaN is felt."""
+    x, w, targets = hopper_inputs("random")
+    ignored = np.random.default_rng(0).random(len(targets)) < 0.4
+    want_loss, want_dx, want_dw = numpy_loss(x[~ignored], w, targets[~ignored])
+    x[np.flatnonzero(ignored)[::3]] = np.nan
+    targets = np.where(ignored, IGNORE_INDEX, targets)
+    loss, dx, dw = run_anywhere(x, w, targets, precision, implementation)
+    np.testing.assert_allclose(loss, want_loss, rtol=tolerance)
+    assert not dx[ignored].any()
+    share = 10 * tolerance  # FP8 rounds gradients by up to 2^-3
+    assert relative(dx[~ignored], want_dx) < share
+    assert relative(dw, want_dw) < share
+    np.testing.assert_allclose(head_loss(x, w, targets, precision, "xla"), loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [-1, -99, -101, 384, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(("implementation", "precision", "tolerance"), [IMPLEMENTED[0], IMPLEMENTED[2]])
+def test_impossible_targets_are_refused_or_give_nan(implementation, precision, tolerance, bad):
+    x, w, targets = hopper_inputs("random")
+    targets[17] = bad
+    with pytest.raises(ValueError, match=rf"targets must be ids in \[0, 384\) or IGNORE_INDEX \(-100\), got {bad}$"):
+        head_loss(x, w, targets, precision, "xla")
+    for result in run_anywhere(x, w, targets, precision, implementation):
+        assert np.isnan(result).all()
+
+
+def test_with_nothing_but_ignored_targets_there_is_no_mean():
+    x, w, targets = inputs()
+    for result in run(x, w, np.full_like(targets, IGNORE_INDEX), "float32"):
+        assert np.isnan(result).all()
+
+
+def test_numpy_arrays_outside_jit_and_targets_of_any_integers():
+    x, w, targets = inputs()
+    want = head_loss(jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets, jnp.int32), "float32")
+    for dtype in ("int64", "uint16", "int16", "uint32"):
+        np.testing.assert_array_equal(head_loss(x, w, targets.astype(dtype), "float32"), want)
+    some = x[:99], w, (targets % 200)[:99]
+    np.testing.assert_allclose(
+        head_loss(*some[:2], some[2].astype("uint8"), "float32"), numpy_loss(*some)[0], rtol=1e-5
+    )
+
+
+def test_second_derivatives():
+    x, w, targets = (a[:4] if i != 1 else a[:9] for i, a in enumerate(inputs()))
+    targets = targets % 9
+    direction, step = np.random.default_rng(0).standard_normal(x.shape), 1e-3
+    up, down = (numpy_loss(x + s * direction, w, targets)[1] for s in (step, -step))
+    _, along = jax.jvp(jax.grad(lambda x: head_loss(x, w, targets, "float32")), (x,), (direction.astype(np.float32),))
+    np.testing.assert_allclose(along, (up - down) / (2 * step), rtol=1e-2, atol=1e-5)
+
+
+def test_second_derivatives_by_kernels_are_refused():
+    x, w, targets = hopper_inputs("random")
+    slope = jax.grad(lambda x: head_loss(x, w, targets, "fp8", "hopper"))
+    with (
+        compiling_for_hopper(),
+        pytest.raises(TypeError, match=r"^head_loss: this implementation can be differentiated once"),
+    ):
+        jax.eval_shape(jax.grad(lambda x: slope(x).sum()), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (T, D + 1)}, r"needs x \(T, D\), weights \(V, D\) and targets \(T,\)"),
+        ({"x": (T + 1, D)}, "needs x"),
+        ({"x": (0, D), "targets": (0,)}, r"needs .* with T at least 1"),
+        ({"w": (V,)}, "needs x"),
+        ({"targets": (T, 1)}, r"targets must be integers of shape \(T,\), got int32 \(384, 1\)"),
+        ({"targets_dtype": "float32"}, "targets must be integers"),
+        ({"precision": "float16"}, "unknown precision 'float16'; choose one of fp8, fp8_emulated, bfloat16, float32"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    case = {"x": (T, D), "w": (V, D), "targets": (T,), "targets_dtype": "int32", "precision": "float32"} | change
+    with pytest.raises(ValueError, match=f"^head_loss:? {message}"):
+        head_loss(
+            jnp.ones(case["x"]),
+            jnp.ones(case["w"]),
+            jnp.zeros(case["targets"], case["targets_dtype"]),
+            case["precision"],
+        )

@@ -293,3 +293,54 @@ def test_auto_is_hopper_where_it_runs_and_fits():
     assert automatic(H100, "float32") == "xla"
     assert automatic(H100, "bfloat16", tokens=1) == "xla"
     assert automatic(B200, "bfloat16") == "xla"
+
+
+def textbook(x, fc, proj):
+    n = x / jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True) + EPSILON)
+    return x + jnp.maximum(n @ fc.T, 0) ** 2 @ proj.T
+
+
+def small(dtype):
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal(shape).astype(dtype) for shape in ((6, 8), (12, 8), (8, 12))]
+
+
+def test_float64_is_computed_in_float64():
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(a) for a in small(np.float64)]
+        got, pull = jax.vjp(lambda x, *w: mlp(x, rstd(x, EPSILON), *w), *arrays)
+        want, pull_textbook = jax.vjp(textbook, *arrays)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+        for a, b in zip(pull(want), pull_textbook(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_second_derivatives_know_the_norm():
+    """Whose scale is handed over as known, and is a function of x all the same."""
+    with jax.enable_x64(True):
+        x, fc, proj = (jnp.asarray(a) for a in small(np.float64))
+
+        def ours(x):
+            return jnp.sin(mlp(x, jax.lax.stop_gradient(rstd(x, EPSILON)), fc, proj)).sum()
+
+        got = jax.jacrev(jax.grad(ours))(x)
+        want = jax.jacrev(jax.grad(lambda x: jnp.sin(textbook(x, fc, proj)).sum()))(x)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_by_kernels_are_refused():
+    x, fc, proj, _ = inputs("random", 128, 256, 256)
+    slope = jax.grad(lambda x: mlp(x, jnp.ones(128), fc, proj, "hopper").astype(jnp.float32).sum())
+    with (
+        compiling_for_hopper(),
+        pytest.raises(TypeError, match=r"^mlp: this implementation can be differentiated once"),
+    ):
+        jax.eval_shape(jax.grad(lambda x: slope(x).astype(jnp.float32).sum()), x)
+
+
+def test_numpy_arrays_outside_jit():
+    x, fc, proj = small(np.float32)
+    s = np.asarray(rstd(x, EPSILON))
+    np.testing.assert_array_equal(mlp(x, s, fc, proj), mlp(jnp.asarray(x), jnp.asarray(s), fc, proj))
+    assert mlp(x[:0], s[:0], fc, proj).shape == (0, 8)

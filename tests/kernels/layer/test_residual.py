@@ -1,5 +1,6 @@
 """Norms applied after the matmul, against the textbook order in float64."""
 
+import functools
 import itertools
 
 import jax
@@ -196,3 +197,25 @@ def test_arrays_of_a_sum_that_do_not_fit_together():
     for arguments in ((x, y, w.T), (x[None], y, w), (y, x, w)):
         with pytest.raises(ValueError, match=r"add_linear needs x \(T, D\), y \(T, C\) and a weight \(D, C\), got"):
             add_linear(*arguments, epsilon=EPSILON)
+
+
+def test_float64_and_numpy():
+    rng = np.random.default_rng(5)
+    x, y, w = (rng.standard_normal(shape) for shape in ((6, 8), (6, 5), (8, 5)))
+    with jax.enable_x64(True):
+        total, scale = add_linear(x, y, w, epsilon=np.float32(EPSILON))
+        assert total.dtype == scale.dtype == jnp.float64
+    want = x + y @ w.T
+    np.testing.assert_allclose(total, want, rtol=1e-14)
+    np.testing.assert_allclose(scale, 1 / np.sqrt((want**2).mean(1) + EPSILON), rtol=1e-14)
+
+
+def test_a_traced_epsilon_is_refused_alike():
+    x, y, w = (jnp.zeros(shape, jnp.bfloat16) for shape in ((128, 256), (128, 64), (256, 64)))
+    for name in ("xla", "hopper"):
+        run = functools.partial(add_linear, x, y, w, implementation=name)
+        with (
+            compiling_for_hopper(),
+            pytest.raises(ValueError, match=r"^add_linear: epsilon must be a number that is known"),
+        ):
+            jax.jit(lambda epsilon, run=run: run(epsilon=epsilon))(1e-6)

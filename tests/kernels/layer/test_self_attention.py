@@ -480,3 +480,60 @@ def test_auto_is_hopper_where_it_runs_and_fits():
     for change in ({"tokens": 1}, {"channels": 640}, {"channels": 384, "head_width": 64}, {"block_size": 64}):
         assert automatic(H100, "bfloat16", **change) == "xla"
     assert automatic(B200, "bfloat16") == "xla"
+
+
+def small(dtype):
+    """The arguments of `self_attention` for two heads of 8, and a mask of blocks of 8."""
+    rng = np.random.default_rng(6)
+    shapes = (24, 16), (24,), (3, 16, 16), (24, 16), (2,), (24, 4), (24, 4)
+    x, _, weights, embedding, lambdas, cos, sin = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    r = 1 / np.sqrt((x**2).mean(1) + EPSILON)
+    return [x, r.astype(dtype), weights, embedding, lambdas, cos, sin], *random_mask(rng, 3, 8, 0.7)
+
+
+OPTIONS = {"heads": 2, "softmax_scale": SCALE, "epsilon": EPSILON}
+
+
+def test_float64_is_computed_in_float64():
+    arguments, mask, visible = small(np.float64)
+    with jax.enable_x64(True):
+        (_, y), pull = jax.vjp(lambda *a: self_attention(*a, mask, **OPTIONS), *arguments)
+        d_y = np.random.default_rng(0).standard_normal(y.shape)
+        gradients = pull((jnp.zeros_like(arguments[0]), jnp.asarray(d_y)))
+    want = attention_truth(arguments, (0 * arguments[0], d_y), visible, 2)
+    for got, expected in zip((y, gradients[0], *gradients[2:5]), want, strict=True):
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_numpy_arrays_outside_jit():
+    arguments, mask, _ = small(np.float32)
+    got = self_attention(*arguments, jax.tree.map(np.asarray, mask), **OPTIONS)
+    want = self_attention(*map(jnp.asarray, arguments), mask, **OPTIONS)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
+@pytest.mark.parametrize("name", ["softmax_scale", "epsilon"])
+def test_traced_numbers_are_refused_alike(implementation, name):
+    def run(number, *arguments):
+        options = {"heads": 2, "softmax_scale": SCALE, "epsilon": EPSILON} | {name: number}
+        return self_attention(*arguments, implementation=implementation, **options)
+
+    message = f"^self_attention: {name} must be a number that is known when it is traced"
+    with compiling_for_hopper(), pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, 0.1, *shapes(Sizes()), mask_shapes(128))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "hopper"])
+def test_names_and_masks_are_looked_at_whichever_path_is_taken(implementation):
+    run = functools.partial(
+        self_attention, heads=2, softmax_scale=SCALE, epsilon=EPSILON, implementation=implementation
+    )
+    with compiling_for_hopper(), pytest.raises(ValueError, match="attention: unknown implementation 'Fast'"):
+        jax.eval_shape(functools.partial(run, attention="Fast"), *shapes(Sizes()), mask_shapes(128))
+    with (
+        compiling_for_hopper(),
+        pytest.raises(ValueError, match=r"the mask is for \(256,\) tokens, but x is \(128, 256\)"),
+    ):
+        jax.eval_shape(run, *shapes(Sizes()), mask_shapes(256))
