@@ -9,32 +9,29 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
 from ..config import KERNELS, PRESETS, Config, resolve
 from ..data.batches import TINY_DATA, TokenBatches, find_shards
-from ..errors import UsageError
 from ..run.compilation import Call, compile_together
-from ..schedules import step_of_window
 from ..sharding import make_mesh, replicate, split_sequences
 from ..step import make_program
 from .command import make_parser, run_command
+from .layout import make_table, print_table
 from .profiling import PARTS, Kernel, Part, attribute, exposed_communication, instruction_parts, kernels
+from .windows import step_with_window
 
 
 def parser() -> argparse.ArgumentParser:
     p = make_parser("profile_step.py", __doc__)
     p.add_argument("--preset", choices=PRESETS, default="eighth", help="default: %(default)s")
     p.add_argument("--data", type=Path, default=TINY_DATA, metavar="DIR", help="default: the text in the package")
-    p.add_argument("--window", type=int, metavar="N", help="long attention window, in blocks (default: halfway's)")
+    p.add_argument("--window", type=int, metavar="W", help="long attention window, in tokens (default: halfway's)")
     p.add_argument("--steps", type=int, default=10, metavar="N", help="steps to profile (default 10)")
     p.add_argument("--sequence-length", type=int, metavar="T", help="default: the preset's")
     p.add_argument("--mesh", type=int, metavar="N", help="devices")
@@ -99,25 +96,22 @@ def profile(config: Config, mesh: Mesh, options: argparse.Namespace, out: Path) 
 
 
 def _start(window: int | None, config: Config) -> int:
-    """Return the first step of the run that has such a window; the one halfway for None."""
-    if window is None:
-        return config.steps // 2
-    try:
-        return step_of_window(window, config.steps, config.optimizer.window_tokens)
-    except ValueError as error:
-        raise UsageError(f"--window {window}: {error}") from None
+    """Return the first step of the run that has a window of so many tokens; the one halfway for None."""
+    return config.steps // 2 if window is None else step_with_window("--window", window, config)
 
 
 def show(parts: dict[Part, list[Kernel]], kernels_shown: int, sequences: int | None) -> None:
     """Print a table, with bounds for so many sequences of 65,536 tokens; None: without."""
-    table = Table("part", "ms a step", "floor", "target", "longest kernels, ms")
+    table = make_table("", "part", "ms a step", "floor", "target")
+    # Shortened where it must be: the whole names are in parts.json.
+    table.add_column("ms of the longest kernels", no_wrap=True, overflow="ellipsis", max_width=34)
     for part in PARTS:
         members = parts[part]
-        longest = [f"{kernel.instruction or kernel.name} {kernel.ms:.2f}" for kernel in members[:kernels_shown]]
+        longest = [f"{kernel.ms:.2f} {kernel.instruction or kernel.name}" for kernel in members[:kernels_shown]]
         times = 1 if sequences and part.once_a_step else sequences
         bounds = (part.floor_ms, part.target_ms)
         limits = ("" if bound is None or times is None else f"{bound * times:g}" for bound in bounds)
         table.add_row(part.name, f"{sum(kernel.ms for kernel in members):.2f}", *limits, "\n".join(longest))
     table.add_section()
     table.add_row("kernels in all", f"{sum(kernel.ms for members in parts.values() for kernel in members):.2f}")
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print_table(table)

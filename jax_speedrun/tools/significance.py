@@ -5,8 +5,10 @@ Of one group of runs, or of two against each other.
 
 import argparse
 import dataclasses
+import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ..errors import UsageError
 from .command import make_parser, run_command
+from .layout import wrap
 
 TARGET = 3.28
 CONFIDENCE = 0.95
@@ -136,34 +139,70 @@ def report(runs: Sequence[Run], versus: Sequence[Run] = (), target: float = TARG
     lines = _describe(runs, target)
     if versus:
         lines += ["", "versus", *_describe(versus, target), "", "difference (first group minus second)"]
-        for (name, values, decimals), (_, others, _) in zip(_columns(runs), _columns(versus), strict=True):
-            lines.append(f"  {name:<10} {_difference(compare(values, others), decimals)}")
+        differences = [
+            (name, compare(values, others), decimals)
+            for (name, values, decimals), (_, others, _) in zip(_columns(runs), _columns(versus), strict=True)
+        ]
+        lines += [f"  {name:<8} {_difference(difference, decimals)}" for name, difference, decimals in differences]
+        if any(math.isnan(difference.p) for _, difference, _ in differences):
+            lines.append("  a test needs at least 2 logs on each side, and values that differ")
+        else:
+            lines.append("  p by Welch's t-test, two-sided")
     return "\n".join(lines)
 
 
 def draw(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Draw validation loss over training time for each named group of runs, a line a run and a colour a group. PNG.
+    """Write `chart` as a PNG.
 
     Raises:
       UsageError: if `path` cannot be written.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    try:
+        chart(groups).savefig(path, dpi=120)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def chart(groups: Mapping[str, Sequence[Run]]) -> Figure:
+    """Return a chart of validation loss over training time, a line a run and a colour a group, complete alone."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    title = []
     for number, (name, runs) in enumerate(groups.items()):
-        loss, time_s = np.mean([run.val_loss for run in runs]), np.mean([run.train_time_s for run in runs])
         for run in runs:
-            label = f"{name}: {loss:.3f} after {time_s:.0f} s (n = {len(runs)})" if run is runs[0] else None
+            label = f"{name}: {_end(runs)}" if run is runs[0] else None
             axes.plot(*zip(*run.curve, strict=True), ".-", color=f"C{number}", linewidth=1, label=label)
+        made_with = dict.fromkeys(about for run in runs if (about := _made_with(run)))
+        title.append(f"{name}, {runs[0].steps} steps: {'; '.join(made_with) or 'no config.json beside the logs'}")
     # The first loss, that of random weights, would leave no room for the rest.
     later = [loss for runs in groups.values() for run in runs for _, loss in run.curve[1:]]
     axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
-    axes.set(xlabel="training time, s", ylabel="validation loss, nats")
+    axes.set(xlabel="training time by the record's clock, s", ylabel="validation loss, nats")
+    axes.set_title("\n".join([*map(wrap, title), f"drawn {time.strftime('%Y-%m-%d')}"]), fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="at the end, mean ± deviation", fontsize=9)
+    return figure
+
+
+def _end(runs: Sequence[Run]) -> str:
+    loss, time_s = (summarize([getattr(run, name) for run in runs]) for name in ("val_loss", "train_time_s"))
+    if len(runs) == 1:
+        return f"{loss.mean:.3f} after {time_s.mean:.0f} s (n = 1)"
+    spread = f"{loss.mean:.4f} ± {loss.deviation:.4f} after {time_s.mean:.1f} ± {time_s.deviation:.1f} s"
+    return f"{spread} (n = {len(runs)})"
+
+
+def _made_with(run: Run) -> str | None:
+    """Return framework, version and card of a run, from the config.json beside its log; None if that says nothing."""
     try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+        about = json.loads(run.log.with_name("config.json").read_text(encoding="utf-8"))
+        if named := (about["config"] or {}).get("framework"):  # PyTorch's runs, whose devices are not JAX's
+            return str(named)
+        framework = about.get("framework", "jax")
+        devices = about["devices"]
+        return f"{framework} {about['versions'][framework]} on {devices['count']} x {devices['kind']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _columns(runs: Sequence[Run]) -> list[tuple[str, list[float], int]]:
@@ -177,7 +216,7 @@ def _columns(runs: Sequence[Run]) -> list[tuple[str, list[float], int]]:
 def _describe(runs: Sequence[Run], target: float) -> list[str]:
     lines = [f"{len(runs)} run{'s' * (len(runs) > 1)} of {runs[0].steps} steps"]
     for name, values, decimals in _columns(runs):
-        lines.append(f"  {name:<10} {_summary(summarize(values), decimals)}")
+        lines.append(f"  {name:<8} {_summary(summarize(values), decimals)}")
     if len(runs) < 2:
         lines.append("  interval, deviation and t-test need at least 2 logs")
     else:
@@ -194,15 +233,15 @@ def _summary(summary: Summary, decimals: int) -> str:
     if summary.n < 2:
         return mean
     interval = f"{summary.low:8.{decimals}f} to {summary.high:8.{decimals}f}"
-    return f"{mean}   95 % interval {interval}   deviation {summary.deviation:.{decimals}f}"
+    return f"{mean}  95 % interval {interval}  deviation {summary.deviation:.{decimals}f}"
 
 
 def _difference(difference: Difference, decimals: int) -> str:
     mean = f"{difference.mean:+9.{decimals}f}"
     if math.isnan(difference.p):
-        return f"{mean}   (a test needs at least 2 logs on each side, and values that differ)"
+        return mean
     interval = f"{difference.low:+9.{decimals}f} to {difference.high:+9.{decimals}f}"
-    return f"{mean}   95 % interval {interval}   p = {difference.p:.4g} (Welch's t-test, two-sided)"
+    return f"{mean}  95 % interval {interval}  p = {difference.p:.4g}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -134,6 +134,66 @@ def test_a_signal_saves_and_ends_the_run(number, launch, uninterrupted, tmp_path
     assert values(out) == values(uninterrupted(STEPS))
 
 
+@pytest.mark.slow
+def test_a_resubmitted_job_goes_on_by_the_same_command(launch, uninterrupted, tmp_path):
+    """From nothing, from before the first checkpoint, from the last one; and once done it has nothing to do."""
+    out, same = tmp_path / "run", "--auto-resume"
+
+    def lives():
+        return (out / "log.txt").read_text().count("resumed:") if (out / "log.txt").exists() else 0
+
+    process = launch(same, "--checkpoint-every", 100)
+    wait_until(lambda: last_step(out) >= 3, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    assert complete_checkpoints(out) == []
+    process = launch(same)
+    wait_until(lambda: complete_checkpoints(out), process)
+    process.terminate()
+    finish(process, 128 + signal.SIGTERM)
+    assert lives() == 0
+    finish(launch(same))
+    assert lives() == 1
+    assert values(out) == values(uninterrupted(STEPS))
+    finish(launch(same))
+    assert values(out) == values(uninterrupted(STEPS))
+
+
+@pytest.mark.slow
+def test_advice_leads_on(launch, tmp_path, capsys):
+    """Interrupted before the first checkpoint: what each command says is no circle, and works as it is printed."""
+    out = tmp_path / "run"
+    process = launch("--checkpoint-every", 100)
+    wait_until(lambda: last_step(out) >= 3, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    advice = f"--out {out} --auto-resume"
+    assert advice in finish(launch(), 2)
+    assert advice in refused(capsys, "--resume", out)
+    finish(launch("--auto-resume"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_interrupted_while_compiling(number, data, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("--preset", "small", "--data", data, "--mesh", 1, "--out", out)
+    process = start(*arguments, cache=tmp_path / "empty")
+    wait_until(lambda: (out / "log.txt").exists(), process)
+    time.sleep(0.5)
+    process.send_signal(number)
+    asked = time.monotonic()
+    said, error = process.communicate()
+    assert time.monotonic() - asked < 5
+    assert process.returncode == 128 + number
+    assert "compiled in" not in said
+    assert error == (
+        f"train.py: error: interrupted by {number.name}, without a checkpoint of where it was; go on with --out {out} "
+        "--auto-resume\n"
+    )
+    assert not (out / ".lock").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, of 16 MB: mounting one takes root."""

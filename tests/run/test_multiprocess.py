@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_speedrun.data.batches import TINY_DATA
-from jax_speedrun.run import checkpoint
+from jax_speedrun.run import checkpoint, distributed
 from jax_speedrun.tools import train as command
 from tests.small_run import (
     ROOT,
@@ -127,21 +127,28 @@ def test_one_is_killed(victim, pair, tmp_path):
     assert time.monotonic() - killed < 60
     assert f"train.py: error: process {1 - victim} of 2 stops: a computation broke off (" in error
     assert "another process has died" in error
-    assert "--resume" in error
-    step, _ = checkpoint.latest(tmp_path / "run")
+    out, last = tmp_path / "run", f"; go on with --out {tmp_path / 'run'} --auto-resume"
+    assert error.rstrip("\n").endswith(last)
+    killed = finish(pair[victim], -signal.SIGKILL).splitlines()[-1]
+    assert killed.startswith(f"train.py: error: process {victim} of 2 ended without a word of its own: it was killed")
+    assert killed.endswith(last)
+    step, _ = checkpoint.latest(out)
     checkpoint.verify(tmp_path / "run", step)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_hangs(victim, pair):
+def test_one_hangs(victim, pair, tmp_path):
     """As on GPUs when a machine loses power: nothing tells the others, but its heartbeat is missing."""
     pair[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     _, error = pair[1 - victim].communicate(timeout=60)
     assert time.monotonic() - stopped < 60
     assert pair[1 - victim].returncode not in (0, None)
-    assert "another process has died" in error or "another task died" in error
+    last = error.splitlines()[-1]
+    assert last.startswith(f"train.py: error: process {1 - victim} of 2 ")
+    assert "another process" in last
+    assert last.endswith(f"; go on with --out {tmp_path / 'run'} --auto-resume")
 
 
 @pytest.mark.slow
@@ -219,6 +226,51 @@ def test_a_port_that_is_taken(capsys):
     assert f"--coordinator {where}: Address already in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "address", ["http://node0:1", "a:b:1", "node0:²", "node0:1 ", "[::1:1", ":1", "nöde:1", "node0:"]
+)
+def test_an_address_that_cannot_be_parsed(address, capsys):
+    assert command.main(["--coordinator", address, "--processes", "2", "--process-id", "1"]) == 2
+    assert f"--coordinator {address}: must be HOST:PORT, such as node0:12345" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("process", "host", "reason"),
+    [
+        (0, "no-such-host.invalid", "Name or service not known|Temporary failure in name resolution|No address"),
+        (1, "no-such-host.invalid", "Name or service not known|Temporary failure in name resolution|No address"),
+        (1, "127.0.0.1", "Connection refused, waited 1 s"),
+    ],
+)
+def test_a_coordinator_that_cannot_be_reached(process, host, reason):
+    """In a process of its own, which is one of several ever after."""
+    where = f"{host}:{free_port()}"
+    program = f"""
+from jax_speedrun.run import distributed
+from jax_speedrun.tools.train import main
+distributed.REACH_SECONDS = 1
+main(["--coordinator", "{where}", "--processes", "2", "--process-id", "{process}"])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    said = f"train.py: error: --coordinator {where}: process {process} cannot reach process 0 there "
+    assert ended.stderr.startswith(said)
+    assert re.search(reason, ended.stderr)
+
+
+def test_it_is_said_within_a_minute():
+    assert distributed.REACH_SECONDS < 60
+    assert distributed.HEARTBEAT_SECONDS < 60
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_coordinator_that_can_be_reached(address):
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    distributed._require_coordinator(f"{address}:{free_port()}", 0)
+
+
 def test_processes_that_do_not_come(tmp_path):
     program = f"""
 from jax_speedrun.run import distributed
@@ -226,6 +278,7 @@ distributed.JOIN_SECONDS = 2
 distributed.start("127.0.0.1:{free_port()}", 2, 0, None)
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "process 0: " in ended.stderr
     assert ended.returncode == 2
     assert "the 2 processes do not find each other (waited 2 s); start all, with process 0 in reach" in ended.stderr
 

@@ -11,7 +11,7 @@ from jax_speedrun.errors import UsageError
 from jax_speedrun.tools.command import make_parser, run_command
 from tests.paths import ROOT
 
-TOOLS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem != "train")
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
 def run(work, *arguments):
@@ -54,7 +54,7 @@ def test_help_keeps_its_lines(capsys):
     assert "Walk.\n\n  indented\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", TOOLS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_calls_a_command_of_the_package_and_does_nothing_else(script):
     _, imported, guard = ast.parse(script.read_text()).body
     assert isinstance(imported, ast.ImportFrom)

@@ -70,6 +70,7 @@ def planned(config: Config, devices: int) -> dict[Kind, Sent]:
     return {kind: Sent(number[kind], nbytes[kind]) for kind in number}
 
 
+@pytest.mark.slow
 def test_the_step_sends_what_the_plan_says_and_nothing_else():
     assert collectives(compiled_step(SMALL, 8), 8) == planned(SMALL, 8)
 
@@ -112,6 +113,7 @@ def muon_flops(layers: int, devices: int) -> int:
     return dot_flops(text(jax.jit(update).lower(params, state)))
 
 
+@pytest.mark.slow
 def test_newton_schulz_is_shared_out():
     """3 layers have 12 squares and 6 rectangles; on 8 devices zeros make them 16 and 8."""
     square, rectangle = (2 * 2 * 16 * 16 * (2 * long + 16) for long in (16, 64))

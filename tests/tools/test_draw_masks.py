@@ -43,6 +43,7 @@ def test_script_draws_the_batch_of_the_step(tmp_path: Path, capsys: pytest.Captu
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_script_zooms_and_writes_svg_after_more_than_one_pass(tmp_path: Path) -> None:
     """The record's last step lies far behind the end of the tiny data."""
     out = tmp_path / "masks.svg"
@@ -81,6 +82,7 @@ def test_script_names_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_script_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "draw_masks.py"), "--data", "nowhere"]

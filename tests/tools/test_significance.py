@@ -1,11 +1,11 @@
 """The statistics against published figures and against the same quantities worked out another way."""
 
+import json
 import math
-import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_speedrun.errors import UsageError
-from jax_speedrun.tools.significance import compare, draw, p_below, read_run, read_runs, report, summarize
-from tests.paths import ROOT
+from jax_speedrun.tools.significance import chart, compare, draw, main, p_below, read_run, read_runs, report, summarize
+from tests.tools.comparison.fakes import words_of
 
 
 def sample(mean: float, deviation: float, n: int) -> list[float]:
@@ -42,10 +42,15 @@ def write_log(path: Path, val_loss: float, time_ms: float, steps: int = 1385, ex
     return path
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, [ROOT / "scripts" / "significance.py", *arguments])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Done:
+    code = main([str(argument) for argument in arguments])
+    return Done(code, *capsys.readouterr())
 
 
 def test_published_figures_of_the_rerun() -> None:
@@ -119,11 +124,11 @@ def test_a_log_that_begins_with_its_source_code_is_read(tmp_path: Path) -> None:
     assert read_run(log).val_loss == 3.2785
 
 
-def test_report_of_two_groups(tmp_path: Path) -> None:
+def test_report_of_two_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses, others = (3.27, 3.28, 3.26), (3.25, 3.27)
     first = [write_log(tmp_path / f"a{i}" / "log.txt", loss, 178000 + 500 * i) for i, loss in enumerate(losses)]
     second = [write_log(tmp_path / f"b{i}.txt", loss, 179000 + 500 * i, 1393) for i, loss in enumerate(others)]
-    said = run_script(*first, "--versus", *second, "--target", 3.3).stdout
+    said = run_command(capsys, *first, "--versus", *second, "--target", 3.3).stdout
     assert said == report(read_runs(first), read_runs(second), 3.3) + "\n"
     text = " ".join(said.split())
     for piece in (
@@ -134,12 +139,14 @@ def test_report_of_two_groups(tmp_path: Path) -> None:
         "versus 2 runs of 1393 steps val loss mean 3.26000",
         "difference (first group minus second) val loss +0.01000 95 % interval",
         "time, s -0.75 95 % interval",
+        "p by Welch's t-test, two-sided",
     ):
         assert piece in text
+    assert max(map(len, said.splitlines())) <= 80
 
 
-def test_report_of_one_run_says_what_is_missing(tmp_path: Path) -> None:
-    done = run_script(write_log(tmp_path / "log.txt", 3.27, 178000))
+def test_report_of_one_run_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_command(capsys, write_log(tmp_path / "log.txt", 3.27, 178000))
     assert done.returncode == 0
     assert "1 run of 1385 steps" in done.stdout
     assert "mean  3.27000\n" in done.stdout
@@ -199,8 +206,8 @@ def test_a_bad_log_is_named(tmp_path: Path, make: Callable[[Path], list[Path]]) 
     assert "\n" not in str(error.value)
 
 
-def test_the_script_says_it_in_one_line(tmp_path: Path) -> None:
-    done = run_script(*unfinished(tmp_path))
+def test_the_script_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_command(capsys, *unfinished(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("significance.py: error: ")
@@ -214,11 +221,38 @@ def test_the_curve_is_that_of_the_log(tmp_path: Path) -> None:
     assert read_run(log).curve == ((0.0, 10.8258), (90.0, 4.5), (178.0, 3.27))
 
 
-def test_the_chart(tmp_path: Path) -> None:
+def test_a_chart_is_complete_alone(tmp_path: Path) -> None:
+    """Card, versions, date, what is compared, and the spread of several runs."""
+    logs = {name: [write_log(tmp_path / f"{name}{i}" / "log.txt", 3.27 + 0.01 * i, 1e5 * (i + 1)) for i in range(3)]
+            for name in ("jax", "torch", "bare")}  # fmt: skip
+    devices = {"kind": "A Card", "count": 2}
+    config = {"config": {}, "versions": {"jax": "1.2.3"}, "devices": devices}
+    for log in logs["jax"]:
+        log.with_name("config.json").write_text(json.dumps(config))
+    for log in logs["torch"]:
+        log.with_name("config.json").write_text(
+            json.dumps({**config, "config": {"framework": "torch 4.5 on 2 x A Card"}})
+        )
+    groups = {"ours": read_runs(logs["jax"]), "theirs": read_runs(logs["torch"]), "bare": read_runs(logs["bare"])}
+    words = words_of(chart(groups))
+    for piece in (
+        "ours, 1385 steps: jax 1.2.3 on 2 x A Card",
+        "theirs, 1385 steps: torch 4.5 on 2 x A Card",
+        "bare, 1385 steps: no config.json beside the logs",
+        f"drawn {time.strftime('%Y-%m-%d')}",
+        "mean ± deviation",
+        "ours: 3.2800 ± 0.0100 after 200.0 ± 100.0 s (n = 3)",
+        "training time by the record's clock, s",
+    ):
+        assert piece in words
+    assert "ours: 3.270 after 100 s (n = 1)" in words_of(chart({"ours": read_runs(logs["jax"][:1])}))
+
+
+def test_the_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = [write_log(tmp_path / f"{name}.txt", 3.27, 178000) for name in "ab"]
     one, two = tmp_path / "one.png", tmp_path / "two.png"
-    assert run_script(logs[0], "--chart", one).returncode == 0
-    named = run_script(logs[0], "--versus", logs[1], "--chart", two, "--names", "JAX", "PyTorch")
+    assert run_command(capsys, logs[0], "--chart", one).returncode == 0
+    named = run_command(capsys, logs[0], "--versus", logs[1], "--chart", two, "--names", "JAX", "PyTorch")
     assert (named.returncode, named.stderr) == (0, "")
     assert one.read_bytes().startswith(b"\x89PNG")
     assert one.read_bytes() != two.read_bytes()

@@ -29,8 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--preset",
         choices=list(WINDOWS),
-        default="eighth",
-        help="eighth (default): one sequence of the record's batch, for a GPU; tiny runs on a CPU as well",
+        help="eighth: one sequence of the record's batch, for a GPU; tiny: on a CPU as well (default: what there is)",
     )
     p.add_argument("--sequence-length", type=int, metavar="T", help="tokens a step (default: the preset's)")
     p.add_argument(
@@ -53,10 +52,16 @@ def parser() -> argparse.ArgumentParser:
         "--windows",
         type=numbers,
         metavar="W,W",
-        help="long attention windows in blocks (default: 1,4,7,10,14; tiny: 1,3,5)",
+        help="long attention windows in tokens (default: 128,512,896,1280,1792; tiny: 128,640)",
+    )
+    speed.add_argument(
+        "--xla",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure JAX without our kernels as well, --kernels xla --attention xla (default)",
     )
     speed.add_argument("--rounds", type=int, default=2, metavar="N", help="turns of each (default: %(default)s)")
-    speed.add_argument("--samples", type=int, default=5, metavar="N", help="a turn and part (default: %(default)s)")
+    speed.add_argument("--samples", type=int, metavar="N", help="a turn and part (default: 5; tiny: 3)")
 
     same = p.add_argument_group("parity")
     same.add_argument("--parity", action="store_true", help="compare losses, gradients and parameters instead")

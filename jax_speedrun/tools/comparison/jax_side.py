@@ -62,8 +62,10 @@ class JaxSide:
         on_gpu = self.device.platform == "gpu"
         return {
             "device": self.device.device_kind,
+            "platform": self.device.platform,
             "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
             "fallbacks": self.fallbacks,
+            "reduced": None,
             "attention": self.config.attention,
             "kernels": self.config.kernels,
             "peak_flops": peak_flops(self.device),
@@ -138,7 +140,7 @@ class JaxSide:
         return self.state._replace(step=jax.device_put(np.int32(step), replicate(self.mesh)))
 
     def _needed(self, job: Mapping[str, Any]) -> list[Call]:
-        """What the job will call for certain, to be compiled side by side as a run does."""
+        """Return what the job will call for certain, to be compiled side by side as a run does."""
         split, tokens_T = split_sequences(self.mesh), jax.ShapeDtypeStruct((self.config.sequence_length,), jnp.int32)
         sequences = jax.ShapeDtypeStruct((1, *tokens_T.shape), jnp.int32, sharding=split)
         step = Call(self.program.train_step, (self.program.state, sequences, sequences))

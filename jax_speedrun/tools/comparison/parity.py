@@ -9,6 +9,7 @@ whole curves is fixed, so eager PyTorch, which is slow, trains none.
 import dataclasses
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ...config import Config
+from ..layout import make_table, wrap
 from .turns import Job, Result, make_job
 from .worker import load_arrays, save_arrays, thin
 
@@ -57,7 +59,7 @@ def run_parity(
     curve_steps: int,
     say: Callable[[str], None] = print,
 ) -> tuple[list[Line], dict[str, Result]]:
-    """All of it. `folder` holds inputs.npz, and takes the arrays (gigabytes, deleted at the end).
+    """Do all of it. `folder` holds inputs.npz, and takes the arrays (gigabytes, deleted at the end).
 
     Returns:
       The lines, and each side's result: `loss`, `losses`, `validation`.
@@ -93,7 +95,7 @@ def run_parity(
 
 
 def fill(weights: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """The weights with nothing special about them: the record's zeros would hide most gradients.
+    """Return the weights with nothing special about them: the record's zeros would hide most gradients.
 
     Zero matrices become like the others, uniform with standard deviation 0.5 / sqrt(fan_in); vectors are moved.
     """
@@ -112,7 +114,7 @@ def fill(weights: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 def lines(
     dtype: str, results: Mapping[str, Result], arrays: Mapping[str, Path], start: Mapping[str, np.ndarray]
 ) -> Iterator[Line]:
-    """Every quantity compared, parameter by parameter."""
+    """Yield every quantity compared, parameter by parameter."""
     loss = {side: result["loss"] for side, result in results.items()}
     yield _scalar_line("loss, step 0", loss, LOSS_TOLERANCE)
     files = {side: np.load(path) for side, path in arrays.items()}
@@ -169,12 +171,12 @@ def _norm(array: np.ndarray) -> float:
 
 
 def _ratio(distance: float, size: float) -> float:
-    """0 where both are 0."""
+    """Return distance / size, 0 where both are 0."""
     return distance / size if size else (0.0 if distance == 0 else math.inf)
 
 
 def worst_of_each_kind(lines: Iterable[Line]) -> list[Line]:
-    """The same parameter of all layers in one line: the one closest to, or furthest beyond, its tolerance."""
+    """Return the same parameter of all layers in one line: the one closest to, or furthest beyond, its tolerance."""
     kinds: dict[str, Line] = {}
     for line in lines:
         known = kinds.get(kind_of(line.quantity))
@@ -184,13 +186,12 @@ def worst_of_each_kind(lines: Iterable[Line]) -> list[Line]:
 
 
 def kind_of(quantity: str) -> str:
-    """A quantity's name without the number of its layer or table."""
+    """Return a quantity's name without the number of its layer or table."""
     return re.sub(r"\.\d+", ".*", quantity)
 
 
 def table(lines: Iterable[Line], title: str) -> Table:
-    result = Table("worst of each kind", "JAX - PyTorch", "eager - compiled", "tolerance", "", title=title)
-    result.title_justify = "left"
+    result = make_table(title, "worst of each kind", "JAX -\nPyTorch", "eager -\ncompiled", "tolerance", "")
     for line in worst_of_each_kind(lines):
         style = None if line.passed else "bold red"
         numbers = ("-" if x is None else f"{x:.2e}" for x in (line.difference, line.rounding, line.tolerance))
@@ -205,8 +206,24 @@ def to_json(lines: Iterable[Line], results: Mapping[str, Result]) -> dict[str, A
     }
 
 
-def draw(results: Mapping[str, Result], path: Path, title: str) -> None:
-    """Training losses of both, and how far apart they are. PNG."""
+def headline(results: Mapping[str, Result]) -> str:
+    """Return card, date and versions on one line."""
+    sides = [results[side] for side in ("jax", "torch")]
+    versions = [
+        f"{name} {side['versions'][key]}"
+        for name, key, side in zip(("JAX", "PyTorch"), ("jax", "torch"), sides, strict=True)
+    ]
+    devices = dict.fromkeys(side["device"] for side in sides)
+    return f"{' and '.join(versions)} on {' and '.join(devices)}, {time.strftime('%Y-%m-%d')}"
+
+
+def draw(results: Mapping[str, Result], path: Path, description: str) -> None:
+    """Write `chart` as a PNG."""
+    chart(results, description).savefig(path, format="png")
+
+
+def chart(results: Mapping[str, Result], description: str) -> Figure:
+    """Return a chart of the training losses of both, and of how far apart they are, complete alone."""
     figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     losses = {side: np.array(results[side]["losses"]) for side in ("jax", "torch")}
@@ -214,9 +231,13 @@ def draw(results: Mapping[str, Result], path: Path, title: str) -> None:
     above.plot(losses["jax"], color="tab:blue", linewidth=1, label="JAX")
     below.plot(losses["jax"] - losses["torch"], color="tab:blue", linewidth=1, label="JAX - PyTorch")
     above.set(ylabel="training loss (nats per token)")
-    above.set_title(title, fontsize=9, wrap=True)
+    apart = np.abs(losses["jax"] - losses["torch"])
+    spread = (
+        f"from the same weights on the same tokens; apart by {apart.mean():.1e} in the mean, {apart.max():.1e} at most"
+    )
+    above.set_title("\n".join(map(wrap, (headline(results), description, spread))), fontsize=9)
     below.set(xlabel="step", ylabel="difference")
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, format="png")
+    return figure

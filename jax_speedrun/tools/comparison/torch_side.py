@@ -25,8 +25,6 @@ class TorchSide:
             model["head_precision"] = "bfloat16"
             self.fallbacks.append("PyTorch: no FP8 on this device, head matmuls in bfloat16")
         self.compile = job["compile"] and self.on_gpu
-        if job["compile"] and not self.on_gpu:
-            self.fallbacks.append("PyTorch: no GPU, so dense attention and no torch.compile")
         self.training = reference.Training(
             reference.ModelConfig(**model),
             # It rounds no updates: what `update_dtype` is for, JAX's sharded Adam, it does in another way.
@@ -41,8 +39,10 @@ class TorchSide:
     def describe(self) -> dict[str, Any]:
         return {
             "device": self.torch.cuda.get_device_name() if self.on_gpu else "cpu",
+            "platform": "gpu" if self.on_gpu else "cpu",
             "versions": {"torch": str(self.torch.__version__)},
             "fallbacks": self.fallbacks,
+            "reduced": None if self.on_gpu else "dense attention and no torch.compile, for want of a GPU",
             "attention": "FlexAttention" if self.on_gpu else "dense",
             "kernels": "torch.compile" if self.on_gpu else "eager",
             "peak_flops": None,

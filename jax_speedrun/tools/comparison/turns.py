@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds the package; in a checkout also the scripts."""
 WORKER = "jax_speedrun.tools.comparison.worker"
 FRAMEWORKS = ("jax", "torch")
+SIDES = {"jax": "jax", "xla": "jax", "torch": "torch"}
+"""What is measured -> its framework: JAX, JAX without our kernels, PyTorch."""
 SAMPLE_SECONDS = 0.25
 DOCUMENT_MEDIAN, DOCUMENT_SIGMA = 400, 1.06
 """Tokens a document; log-normal, so that the mean is near 700, as in web text."""
@@ -105,21 +107,30 @@ def count_gpus(python: str) -> int:
 
 
 def measure_in_turns(
-    launch: Callable[[str, Job, str], Result], job: Job, rounds: int, say: Callable[[str], None] = print
+    launch: Callable[[str, Job, str], Result], jobs: Mapping[str, Job], rounds: int, say: Callable[[str], None] = print
 ) -> Iterator[list[Result]]:
-    """Measure A B A B ...: in each round both frameworks do everything once, in a fresh process each.
+    """Measure A B C A B C ...: in each round all sides do everything once, in a fresh process each.
 
-    Caches start out empty, so the first round compiles everything and the later ones find it done.
+    Caches start out empty, so the first round compiles everything and the later ones find it done. "xla" is left out
+    where "jax", which comes first, turns out to run without our kernels.
+
+    Args:
+      jobs: a job for each of `SIDES` that is to be measured.
 
     Yields:
       After every round, the results of all rounds so far.
     """
     results: list[Result] = []
+    sides = list(jobs)
     for number in range(rounds):
-        for framework in FRAMEWORKS:
-            say(f"round {number + 1}/{rounds}: {framework}")
-            result = launch(framework, job, f"{framework}-{number}")
-            results.append({"framework": framework, "round": number, **result})
+        for side in list(sides):
+            if side == "xla" and "hopper" not in (results[0]["attention"], results[0]["kernels"]):
+                say("JAX runs without our kernels here, and is not measured without them again")
+                sides.remove(side)
+                continue
+            say(f"round {number + 1}/{rounds}: {side}")
+            result = launch(SIDES[side], jobs[side], f"{side}-{number}")
+            results.append({"side": side, "round": number, **result})
         yield list(results)
 
 
@@ -169,13 +180,13 @@ def write_inputs(path: Path, config: Config, data: Path, batches: int, *, cut: b
 def train_in_turns(
     interpreters: Mapping[str, str], data: Path, out: Path, seeds: Sequence[int], steps: int | None
 ) -> dict[str, list[Path]]:
-    """Whole runs of `eighth` into folders `out`/jax-0, `out`/torch-0, ...: finished ones are left as they are.
+    """Train `eighth` whole, into folders `out`/jax-0, `out`/torch-0, ...: finished ones are left as they are.
 
     Raises:
       UsageError: a run failed.
     """
     runs: dict[str, list[Path]] = {framework: [] for framework in FRAMEWORKS}
-    scripts = {"jax": ["train.py", "--preset", "eighth"], "torch": ["reference_torch.py"]}
+    commands = {"jax": ("train", "--preset", "eighth"), "torch": ("comparison.reference_run",)}
     for seed in seeds:
         for framework in FRAMEWORKS:
             folder = out / f"{framework}-{seed}"
@@ -183,8 +194,10 @@ def train_in_turns(
             if (folder / "log.txt").exists():
                 print(f"{folder}: there already", flush=True)
                 continue
-            script, *options = scripts[framework]
-            command = [interpreters[framework], str(ROOT / "scripts" / script), *options]
+            module, *options = commands[framework]
+            # As the scripts do, which are not where the package is installed.
+            call = f"import sys; from jax_speedrun.tools.{module} import main; sys.exit(main())"
+            command = [interpreters[framework], "-c", call, *options]
             command += ["--seed", str(seed), "--data", str(data.resolve()), "--out", str(folder)]
             command += [] if steps is None else ["--steps", str(steps)]
             print(f"{folder}: starting", flush=True)

@@ -29,8 +29,10 @@ PARTS = {
     "optimizer": ("optimizer",),
 }
 """Names for --parts -> what is measured for them. The full step comes first: a process's peak memory only grows."""
-WINDOWS = {"eighth": (1, 4, 7, 10, 14), "tiny": (1, 3, 5)}
-"""Presets to compare -> the long windows to measure, in blocks."""
+WINDOWS = {"eighth": (128, 512, 896, 1280, 1792), "tiny": (128, 640)}
+"""Presets to compare -> the long windows to measure, in tokens."""
+SAMPLES = {"eighth": 5, "tiny": 3}
+"""Presets -> samples a turn and part: with these `tiny` takes under five minutes on two CPU cores, both frameworks."""
 WINDOWED = {"step", "micro", "attention_forward", "attention"}
 
 
@@ -38,12 +40,19 @@ class Side(Protocol):
     """One framework with a model, its optimiser state, and one device."""
 
     def describe(self) -> dict[str, Any]:
-        """`device`, `versions`, `fallbacks` (lines of text), `peak_flops` (or None), `matmul_size`."""
+        """Return what a reader of the numbers has to know.
+
+        `device`, `platform`, `versions`, `attention`, `kernels`, `fallbacks` (lines of text), `peak_flops` (or None),
+        `matmul_size`, and `reduced`: what is left out of the recipe's work here, None where nothing is.
+        """
 
     def dispatcher(
         self, part: str, tokens_T: np.ndarray, targets_T: np.ndarray, window: int, step: int
     ) -> Callable[[], object]:
-        """A call that starts `part` once and returns something to `wait` for. "matmul" is a part as well."""
+        """Return a call that starts `part` once and returns something to `wait` for. "matmul" is a part as well.
+
+        `window` is in blocks.
+        """
 
     def wait(self, result: object) -> None: ...
 
@@ -57,10 +66,10 @@ class Side(Protocol):
     def gradients(
         self, tokens_T: np.ndarray, targets_T: np.ndarray, window: int
     ) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss and the gradient of every parameter, float32."""
+        """Return the loss and the gradient of every parameter, float32."""
 
     def step(self, tokens_T: np.ndarray, targets_T: np.ndarray, step: int) -> float:
-        """One training step; the loss before it."""
+        """Make one training step; return the loss before it."""
 
     def evaluate(self, tokens_NT: np.ndarray, targets_NT: np.ndarray, step: int) -> float: ...
 
@@ -76,19 +85,21 @@ def run_job(side: Side, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Times of each part, in milliseconds a call: `job["samples"]` of them, each over several calls."""
+    """Measure each part, in milliseconds a call: `job["samples"]` times, each over several calls.
+
+    `job["windows"]` is a list of windows, each with its `tokens`, its `blocks` and a `step` at which a run has it.
+    """
     tokens_T, targets_T = inputs["tokens"][0], inputs["targets"][0]
     result: dict[str, Any] = {"first_step_s": None, "peak_bytes": None, "times": []}
     for part in (*(p for name in PARTS if name in job["parts"] for p in PARTS[name]), "matmul"):
-        for window in job["windows"] if part in WINDOWED else [None]:
-            blocks = window or job["windows"][-1]
-            step = job["window_steps"][str(blocks)]
-            dispatch = side.dispatcher(part, tokens_T, targets_T, blocks, step)
+        for window in job["windows"] if part in WINDOWED else job["windows"][-1:]:
+            dispatch = side.dispatcher(part, tokens_T, targets_T, window["blocks"], window["step"])
             if part == "step" and result["first_step_s"] is None:
                 side.wait(dispatch())
                 result["first_step_s"] = time.time() - job["began"]
             samples = sample_ms(dispatch, side.wait, job["samples"], job["sample_seconds"])
-            result["times"].append({"part": part, "window": window, "ms": samples})
+            tokens = window["tokens"] if part in WINDOWED else None
+            result["times"].append({"part": part, "window": tokens, "ms": samples})
         if part == "step":
             result["peak_bytes"] = side.peak_bytes()
     return {**side.describe(), **result}
@@ -97,7 +108,7 @@ def measure(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray]
 def sample_ms(
     dispatch: Callable[[], object], wait: Callable[[object], None], samples: int, sample_seconds: float
 ) -> list[float]:
-    """Milliseconds a call, `samples` times, each the mean over as many calls as fill `sample_seconds`."""
+    """Return milliseconds a call, `samples` times, each the mean over as many calls as fill `sample_seconds`."""
 
     def timed(calls: int) -> float:
         began = time.perf_counter()
@@ -114,7 +125,7 @@ def sample_ms(
 
 
 def parity(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Loss and gradients of given weights, the parameters after some steps from them, and a run's losses.
+    """Return loss and gradients of given weights, the parameters after some steps from them, and a run's losses.
 
     Writes `gradient:NAME` and `after5:NAME` (of large arrays, a sample of rows: `thin`) to `job["arrays_out"]`.
     """
@@ -147,7 +158,7 @@ def parity(side: Side, job: Mapping[str, Any], inputs: Mapping[str, np.ndarray])
 
 
 def thin(array: np.ndarray) -> np.ndarray:
-    """Every 16th row of what has millions of them times width: tables and head, else gigabytes a snapshot."""
+    """Return every 16th row of what has millions of them times width: tables and head, else gigabytes a snapshot."""
     return array[::16] if array.size > 1 << 24 else array
 
 

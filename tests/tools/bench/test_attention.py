@@ -10,6 +10,7 @@ from jax_speedrun.tools.bench.attention import LONG_LAYERS, SHORT_LAYERS, Row, l
 SIZES = ("--peers", "xla", "--length", "512", "--heads", "1", "--head-width", "32")
 
 
+@pytest.mark.slow
 def test_it_runs_small_without_a_gpu(tmp_path, capsys):
     assert main([*SIZES, "--windows", "128", "512", "--draws", "2", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]

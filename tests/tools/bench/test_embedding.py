@@ -13,6 +13,7 @@ from jax_speedrun.tools.bench.embedding import error_of_bound, main
 SIZES = ("--length", "256", "--width", "128", "--vocab-size", "300")
 
 
+@pytest.mark.slow
 def test_it_runs_small_without_a_gpu(tmp_path, capsys):
     arguments = [*SIZES, "--out", str(tmp_path)]
     assert main([*arguments, "--variants", "xla", "scatter"]) == 0

@@ -4,12 +4,15 @@ import io
 import sys
 
 import numpy as np
+from matplotlib.text import Text
 from rich.console import Console
 
 FAKE_ANSWER = {
-    "device": "cpu",
-    "versions": {"torch": "0"},
-    "fallbacks": ["PyTorch: a stand-in"],
+    "device": "a card",
+    "platform": "gpu",
+    "versions": {"jax": "1.2.3", "torch": "4.5.6"},
+    "fallbacks": ["a stand-in"],
+    "reduced": None,
     "attention": "none",
     "kernels": "none",
     "peak_flops": None,
@@ -20,9 +23,9 @@ FAKE_ANSWER = {
 
 
 def fake_python(path, body):
-    """A stand-in for PyTorch's Python: says that torch is there, and answers as `body` does with `job` in scope."""
+    """A stand-in for PyTorch's Python, or JAX's: it has torch but no GPU, and answers as `body` does of a `job`."""
     path.write_text(
-        f"#!{sys.executable}\nimport json, sys\nif sys.argv[1] == '-c':\n    sys.exit(0)\n"
+        f"#!{sys.executable}\nimport json, sys\nif sys.argv[1] == '-c':\n    sys.exit('jax' in sys.argv[2])\n"
         f"job = json.load(open(sys.argv[-1]))\n{body}\n"
     )
     path.chmod(0o755)
@@ -38,7 +41,7 @@ class FakeSide:
         self.values = {}
 
     def describe(self):
-        return {"device": "fake", "fallbacks": []}
+        return {"device": "fake", "versions": {"jax": "1.2.3", "torch": "4.5.6"}, "fallbacks": []}
 
     def dispatcher(self, part, tokens_T, targets_T, window, step):
         return lambda: self.dispatched.append((part, window, step))
@@ -87,6 +90,15 @@ def parity_inputs():
 
 
 def render(table):
-    console = Console(file=io.StringIO(), width=160)
+    """The table as a terminal of 80 columns has it: nothing wider, nothing left out."""
+    console = Console(file=io.StringIO(), width=80)
     console.print(table)
-    return console.file.getvalue()
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    return text
+
+
+def words_of(figure):
+    """All text in a figure."""
+    return " ".join(" ".join(text.get_text() for text in figure.findobj(Text)).split())

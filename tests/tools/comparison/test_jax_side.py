@@ -16,6 +16,7 @@ from jax_speedrun.tools.comparison.worker import PARTS
 TINY = PRESETS["tiny"]
 
 
+@pytest.mark.slow
 def test_jax_side_gives_back_what_it_loads_and_steps_like_the_program():
     small = {"padded_vocab_size": 256, "layers": 4, "long_layers": (0, 3), "attention_free_layers": (2,)}
     model = dataclasses.replace(TINY.model, value_embedding_tables=1, width=32, mlp_width=48, **small)

@@ -1,5 +1,7 @@
 """Parity: what counts as the same, from three sides whose answers are known."""
 
+import time
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from jax_speedrun.tools.comparison import parity
 from jax_speedrun.tools.comparison.parity import Line
 from jax_speedrun.tools.comparison.worker import parity as parity_of_a_side
 from jax_speedrun.tools.comparison.worker import thin
-from tests.tools.comparison.fakes import FakeSide, parity_inputs, render
+from tests.tools.comparison.fakes import FakeSide, parity_inputs, render, words_of
 
 
 def test_fill_leaves_no_zero_and_no_special_scalar():
@@ -134,6 +136,15 @@ def test_table_shows_the_worst_layer_of_each_kind():
 
 
 def test_parity_chart(tmp_path):
-    sides = {side: {"losses": [3.0, 2.0, 1.5]} for side in parity.SIDES}
+    about = {"device": "a card", "versions": {"jax": "1.2.3", "torch": "4.5.6"}}
+    sides = {side: {**about, "losses": [3.0, 2.0, 1.5]} for side in parity.SIDES}
+    sides["jax"]["losses"] = [3.0, 2.25, 1.5]
     parity.draw(sides, tmp_path / "parity.png", "title")
     assert matplotlib.image.imread(tmp_path / "parity.png").shape[0] > 100
+    words = words_of(parity.chart(sides, "eighth, 250 steps"))
+    for part in (
+        f"JAX 1.2.3 and PyTorch 4.5.6 on a card, {time.strftime('%Y-%m-%d')}",
+        "eighth, 250 steps",
+        "apart by 8.3e-02 in the mean, 2.5e-01 at most",
+    ):
+        assert part in words

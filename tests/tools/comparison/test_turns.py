@@ -17,22 +17,42 @@ from tests.tools.comparison.fakes import fake_python
 TINY = PRESETS["tiny"]
 
 
-def test_frameworks_take_turns():
+def take_turns(sides, kernels):
+    """What is started, and with what job, in two rounds."""
     started = []
 
     def launch(framework, job, name):
-        started.append((framework, name))
-        return {"answer": len(started)}
+        started.append((framework, job, name))
+        return {"answer": len(started), "attention": "xla", "kernels": kernels}
 
-    after_one, results = turns.measure_in_turns(launch, {}, 2, say=lambda _: None)
+    jobs = {side: {"of": side} for side in sides}
+    return started, list(turns.measure_in_turns(launch, jobs, 2, say=lambda _: None))
+
+
+def test_frameworks_take_turns():
+    started, (after_one, results) = take_turns(["jax", "torch"], "hopper")
     assert after_one == results[:2]
-    assert started == [("jax", "jax-0"), ("torch", "torch-0"), ("jax", "jax-1"), ("torch", "torch-1")]
-    assert [(r["framework"], r["round"], r["answer"]) for r in results] == [
+    assert [(framework, name) for framework, _, name in started] == [
+        ("jax", "jax-0"),
+        ("torch", "torch-0"),
+        ("jax", "jax-1"),
+        ("torch", "torch-1"),
+    ]
+    assert [(r["side"], r["round"], r["answer"]) for r in results] == [
         ("jax", 0, 1),
         ("torch", 0, 2),
         ("jax", 1, 3),
         ("torch", 1, 4),
     ]
+
+
+def test_jax_without_our_kernels_takes_its_turn_where_there_are_any():
+    started, (_, results) = take_turns(["jax", "xla", "torch"], "hopper")
+    assert [name for *_, name in started] == ["jax-0", "xla-0", "torch-0", "jax-1", "xla-1", "torch-1"]
+    assert started[1][:2] == ("jax", {"of": "xla"})
+    assert [result["side"] for result in results[:3]] == ["jax", "xla", "torch"]
+    started, _ = take_turns(["jax", "xla", "torch"], "xla")
+    assert [name for *_, name in started] == ["jax-0", "torch-0", "jax-1", "torch-1"]
 
 
 def test_a_workers_answer_is_its_last_line(tmp_path):

@@ -11,6 +11,7 @@ from jax_speedrun.tools.comparison.worker import load_arrays, measure, parity, s
 from tests.tools.comparison.fakes import FakeSide, parity_inputs, parity_job
 
 TINY = PRESETS["tiny"]
+WINDOWS = [{"tokens": 128, "blocks": 1, "step": 0}, {"tokens": 384, "blocks": 3, "step": 10}]
 
 
 def test_a_sample_is_the_mean_over_calls_not_waited_for():
@@ -31,19 +32,18 @@ def test_measures_the_parts_asked_for_the_step_first():
         TINY,
         "measure",
         parts=["head", "attention", "step"],
-        windows=[1, 3],
-        window_steps={"1": 0, "3": 10},
+        windows=WINDOWS,
         samples=2,
         sample_seconds=0.0,
     )
     result = measure(side, {**job, "began": time.time() - 5}, inputs)
     assert [(t["part"], t["window"]) for t in result["times"]] == [
-        ("step", 1),
-        ("step", 3),
-        ("attention_forward", 1),
-        ("attention_forward", 3),
-        ("attention", 1),
-        ("attention", 3),
+        ("step", 128),
+        ("step", 384),
+        ("attention_forward", 128),
+        ("attention_forward", 384),
+        ("attention", 128),
+        ("attention", 384),
         ("head", None),
         ("matmul", None),
     ]
