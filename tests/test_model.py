@@ -14,6 +14,7 @@ from jax_speedrun.config import PRESETS, ModelConfig
 from jax_speedrun.kernels.layer.residual import rstd
 from jax_speedrun.model import GPT
 from tests.hlo import dot_flops, text
+from tests.marks import slow
 from tests.numpy_model import forward_loss
 
 CONFIG = ModelConfig(
@@ -78,7 +79,7 @@ def numpy_loss(params, tokens, targets, window):
     )
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 14])
+@pytest.mark.parametrize("window", [slow(1), 2, slow(3), slow(14)])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_loss_equals_numpy(implementation, window):
     _, params, tokens, targets = setup()
@@ -125,6 +126,7 @@ def test_gradient_equals_finite_differences_for_every_kind_of_weight():
         assert abs(along - difference) < 2e-4 * max(abs(difference), 1e-3), (name, along, difference)
 
 
+@pytest.mark.slow
 def test_the_scale_of_a_norm_is_known(monkeypatch):
     """Whoever uses it returns its gradient as part of x's: another way back would cost a pass over x for zeros."""
 

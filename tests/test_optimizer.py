@@ -12,6 +12,7 @@ from jax import Array
 
 from jax_speedrun import schedules
 from jax_speedrun.optimizer import muon, newton_schulz
+from tests.marks import slow
 from tests.numpy_optimizer import (
     Float,
     normal,
@@ -32,7 +33,7 @@ def matrix_with_spectrum(singular_values: Float, rows: int, columns: int) -> tup
     return u @ np.diag(singular_values) @ v.T, u, v
 
 
-@pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12)])
+@pytest.mark.parametrize("shape", [slow((12, 12)), (12, 40), slow((40, 12))])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
 def test_singular_values_land_where_the_polynomial_says(
@@ -105,7 +106,7 @@ def test_epsilon_is_added_to_the_norm() -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.12), (jnp.float32, 1e-5)], ids=lambda x: str(x)
 )
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("shape", [(24, 40), slow((40, 24))])
 def test_any_number_of_steps_in_any_type_traced_or_not(dtype: Any, tolerance: float, shape: tuple[int, int]) -> None:
     matrix = normal(9, *shape)
     traced = jax.jit(lambda m, steps: newton_schulz(m, steps=steps, dtype=dtype))
@@ -180,6 +181,7 @@ def test_muon_follows_the_float64_version(nesterov: bool) -> None:
                 assert relative_error(updates[step][name][index], u) < 2e-5, (name, index, step)
 
 
+@pytest.mark.slow
 def test_muon_in_bfloat16_stays_close_to_float32() -> None:
     gradients = [to_float32(g) for g in gradients_for(3)]
     rough, exact = run(muon(0.05), zeros(), gradients), run(muon(0.05, dtype=jnp.float32), zeros(), gradients)

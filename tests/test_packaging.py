@@ -79,6 +79,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": sdist}
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_nothing_else(distributions: dict[str, Path]) -> None:
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -86,6 +87,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(distributions: dict[str, Pat
     assert names == package_files()
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_what_its_tests_need(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -95,6 +97,7 @@ def test_an_sdist_holds_what_its_tests_need(distributions: dict[str, Path]) -> N
     assert names >= files | package_files()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_it_works_where_it_is_installed(kind: str, distributions: dict[str, Path], tmp_path: Path) -> None:
     """An sdist is first made a wheel, by pip."""
@@ -115,6 +118,7 @@ def test_it_works_where_it_is_installed(kind: str, distributions: dict[str, Path
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_a_plain_clone_keeps_the_link(tmp_path: Path) -> None:
     run("git", "clone", "--quiet", ROOT, "clone", cwd=tmp_path)
@@ -128,6 +132,7 @@ def test_the_other_kernels_distribution_is_installed() -> None:
     assert any(file.parts[:2] == ("kernels", "__init__.py") for file in files)
 
 
+@pytest.mark.slow
 def test_all_of_ours_imports_and_the_name_kernels_stays_theirs(tmp_path: Path) -> None:
     without_torch = {name for name in module_names() if not name.endswith(("torch_side", "reference_torch"))}
     imports = "\n".join(f"import {name}" for name in sorted(without_torch))
@@ -146,6 +151,7 @@ assert ours.block_sparse_attention
     run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_every_script_explains_itself(script: str, tmp_path: Path) -> None:
     assert "usage:" in run(sys.executable, ROOT / "scripts" / script, "--help", cwd=tmp_path, PYTHONPATH=str(ROOT))

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jax_speedrun.config import OptimizerConfig
 from jax_speedrun.optimizer import adam, parameter_labels, recipe_optimizer, state_specs
 from jax_speedrun.sharding import Shards
+from tests.marks import slow
 from tests.numpy_optimizer import (
     Float,
     normal,
@@ -170,8 +171,16 @@ def test_recipe_optimizer_cools_down_and_warms_momentum_up() -> None:
         assert relative_error(u["blocks"], e) < 5e-5
 
 
-@pytest.mark.parametrize("missing", ["hidden", "head", "embeddings", "scalars", "all"])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("missing", "devices"),
+    [
+        ("all", 1),
+        ("hidden", 2),
+        *(slow(missing, devices) for missing in ("head", "embeddings", "scalars") for devices in (1, 2)),
+        slow("hidden", 1),
+        slow("all", 2),
+    ],
+)
 def test_a_group_may_have_no_parameters(missing: str, devices: int) -> None:
     whole = recipe_params(layers=2, width=4, without_attention=1)
     labels = parameter_labels(whole)

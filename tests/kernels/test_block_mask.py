@@ -177,7 +177,7 @@ def test_one_separator_at_every_position() -> None:
     check_all(layouts, [1 + start % 4 for start in range(length)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     starts=st.lists(
         st.integers(0, 3 * BLOCK_SIZE - 1) | st.sampled_from([0, 1, 127, 128, 129, 255, 256, 257, 383]), max_size=12
@@ -188,7 +188,7 @@ def test_any_layout_matches_brute_force(starts: list[int], window: int) -> None:
     check_all([with_starts(3 * BLOCK_SIZE, starts)], [window])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(starts=st.lists(st.integers(0, 5 * BLOCK_SIZE - 1), max_size=8), windows=st.lists(st.integers(1, 7), max_size=3))
 def test_a_window_only_clamps_the_counts(starts: list[int], windows: list[int]) -> None:
     tokens_T = with_starts(5 * BLOCK_SIZE, starts)

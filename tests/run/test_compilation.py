@@ -91,6 +91,7 @@ def test_the_users_choice_stands(tmp_path):
     assert keep_compiled_programs() == tmp_path
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
     code = """
 import jax

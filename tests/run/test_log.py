@@ -22,6 +22,7 @@ from rich.console import Console
 from jax_speedrun.errors import UsageError
 from jax_speedrun.run import log as runlog
 from jax_speedrun.run.log import RunLog, StepClock
+from tests.marks import slow
 
 STEPS = 20
 TOKENS = 1024
@@ -84,6 +85,7 @@ def test_log_lines_are_the_records(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_records_evidence_command_reads_the_logs(tmp_path: Path) -> None:
     for n, val_loss in enumerate((3.2785, 3.2799)):
         with RunLog(
@@ -351,7 +353,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [slow("log.txt"), "metrics.jsonl"])
 def test_a_damaged_log_does_not_block_a_checkpoint(
     name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,16 +90,19 @@ def test_resumed_by_other_numbers_of_processes(data, cache, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "length", "tolerance"), [("still", 128, 1e-5), ("tiny", 1024, 2e-4)])
-def test_first_fifty_losses_of_tiny(preset, length, tolerance, cache, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "length", "steps", "counts", "tolerance"),
+    [("still", 128, 50, (2, 8), 1e-5), ("tiny", 1024, 10, (2,), 2e-4)],
+)
+def test_first_losses_of_tiny(preset, length, steps, counts, tolerance, cache, tmp_path):
     """The preset itself on 8 devices, whose sums are taken in another order when they are in several processes.
 
     Where a gradient is about as small as its rounding, Adam makes a whole step of the noise: docs/scaling.md.
     """
-    arguments = ("--preset", preset, "--data", TINY_DATA, "--steps", 50, "--mesh", 8, "--checkpoint-every", 0)
+    arguments = ("--preset", preset, "--data", TINY_DATA, "--steps", steps, "--mesh", 8, "--checkpoint-every", 0)
     arguments += ("--sequence-length", length)
     finish(start(*arguments, "--out", tmp_path / "1", cache=cache), patience=1800)
-    for count in (2, 8):
+    for count in counts:
         out = tmp_path / str(count)
         for process in start_several(count, *arguments, "--out", out, cache=cache):
             finish(process, patience=1800)
@@ -234,6 +237,7 @@ def test_an_address_that_cannot_be_parsed(address, capsys):
     assert f"--coordinator {address}: must be HOST:PORT, such as node0:12345" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "host", "reason"),
     [
@@ -271,6 +275,7 @@ def test_a_coordinator_that_can_be_reached(address):
     distributed._require_coordinator(f"{address}:{free_port()}", 0)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come(tmp_path):
     program = f"""
 from jax_speedrun.run import distributed

@@ -75,6 +75,7 @@ def test_a_step_comes_back_with_its_trees_its_places_and_its_donation(tmp_path):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_another_process_finds_it(tmp_path):
     code = f"""
 import sys, jax, jax.numpy as jnp

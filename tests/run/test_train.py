@@ -159,9 +159,8 @@ class TestWholeRun:
         assert rates[19] == pytest.approx(0.05 * (0.125 + 0.875 * 0.1), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "devices", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_any_mesh_gives_the_same_losses(devices, data, reference_run, tmp_path):
     run(dataclasses.replace(CONFIG, checkpoint_every=0), devices, data, tmp_path / "run")
     got, want = losses(tmp_path / "run"), losses(reference_run[0])
@@ -258,6 +257,7 @@ class TestOtherData:
         run(CONFIG, 1, copy, out, resume_step=10)
         assert losses(out) == losses(reference_run[0])
 
+    @pytest.mark.slow
     def test_without_an_option_it_is_the_recorded_folder(self, data, reference_run, out, capsys):
         assert command.main(["--resume", str(out), "--mesh", "1"]) == 0
         assert f"data:       {data}\n" in capsys.readouterr().out
@@ -482,6 +482,7 @@ class TestBadInput:
     def test_options_that_do_not_go_together(self, options, mentions, capsys, tmp_path):
         self.check(capsys, tmp_path, *options, mentions=mentions)
 
+    @pytest.mark.slow
     def test_a_newer_checkpoint(self, capsys, tmp_path, reference_run, monkeypatch):
         """What another version has saved: a field more, a field less, another shape."""
         saved = checkpoint.latest(reference_run[0])

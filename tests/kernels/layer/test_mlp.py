@@ -164,6 +164,7 @@ def test_a_norm_sends_nothing_back_along_x(implementation):
     assert abs(np.sum((dx - dy) * x)) <= 3 * rounding
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_tiles():
     arguments = inputs("random", tokens=384, width=256, hidden=256)
     assert_close(runner("hopper")(*arguments), truth(*arguments))

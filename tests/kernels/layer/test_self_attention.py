@@ -328,7 +328,7 @@ def test_a_norm_sends_nothing_back_along_x(implementation):
     assert abs(np.sum((dx - past) * x)) <= 3 * rounding
 
 
-@pytest.mark.parametrize("rotated", [0, 3, 4])
+@pytest.mark.parametrize("rotated", [slow(0), 3, slow(4)])
 def test_xla_takes_float32_narrow_heads_and_any_number_of_pairs(rotated):
     assert_heads_close("random", Sizes(24, 16, 3, 8, rotated), jnp.float32)
 
@@ -370,6 +370,7 @@ def loss(*arguments, heads):
     return sum(a.astype(jnp.float32).sum() for a in call(*arguments, heads=heads))
 
 
+@pytest.mark.slow
 def test_hopper_lowers_for_cuda_at_full_size():
     """All but the last compiler, ptxas. Of the merged matmul and its gradient there is nothing."""
     run, arrays = functools.partial(loss, heads=6), [*shapes(Sizes(65536, 768, 6)), mask_shapes(65536)]
@@ -494,6 +495,7 @@ def small(dtype):
 OPTIONS = {"heads": 2, "softmax_scale": SCALE, "epsilon": EPSILON}
 
 
+@pytest.mark.slow
 def test_float64_is_computed_in_float64():
     arguments, mask, visible = small(np.float64)
     with jax.enable_x64(True):
