@@ -10,13 +10,23 @@ NCCL_PACKAGES = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 NEEDED_NCCL = "2.29.2"
 """For XLA's own all-reduce among GPUs, since jax 0.12, which asks for less itself."""
 
+OUT_OF_MEMORY = (
+    "resource_exhausted",
+    "out of memory",
+    "out_of_memory",
+    "blaslt is unavailable",
+    "failed to create cublas handle",
+    "cudnn_status_alloc_failed",
+)
+"""What JAX says where no memory is left: of a GPU that another process has filled, that its libraries do not start."""
+
 
 def explain(error: BaseException) -> str | None:
     """Return one line on an error of JAX, None for those that this module does not know."""
     text, lower = first_line(error), str(error).lower()
     if not isinstance(error, RuntimeError):  # JAX's own is one
         return None
-    if "resource_exhausted" in lower or "out of memory" in lower or "out_of_memory" in lower:
+    if any(sign in lower for sign in OUT_OF_MEMORY):
         held = _held_by_others()
         others = f"{held}: end it, or choose another GPU by CUDA_VISIBLE_DEVICES. Else " if held else ""
         return f"out of memory ({text}); {others}lower --sequence-length, or spread over more GPUs by --mesh"
