@@ -19,7 +19,7 @@ test:
 	'$(VENV)/bin/python' -m ruff check .
 	'$(VENV)/bin/python' -m ruff format --check .
 	'$(VENV)/bin/python' -m mypy
-	'$(VENV)/bin/python' -m pytest -n 2 -m "not slow"
+	'$(VENV)/bin/python' -m pytest -n 2 --dist worksteal -m "not slow"
 
 clean:
 	@if [ ! -e '$(VENV)' ] || [ -e '$(VENV)/.jax_speedrun' ]; then rm -rf '$(VENV)'; \

@@ -28,6 +28,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 assert len(jax.devices()) == 8
 
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("explore", derandomize=False)
+settings.register_profile("repeatable", derandomize=True, max_examples=50)
+settings.register_profile("explore", derandomize=False, max_examples=1000)
 settings.load_profile("repeatable")

@@ -80,7 +80,7 @@ def numpy_loss(params, tokens, targets, window):
 
 
 @pytest.mark.parametrize("window", [slow(1), 2, slow(3), slow(14)])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", [slow("reference"), "xla"])
 def test_loss_equals_numpy(implementation, window):
     _, params, tokens, targets = setup()
     loss, _ = jitted(implementation)(params, tokens, targets, jnp.int32(window))

@@ -104,7 +104,9 @@ def test_epsilon_is_added_to_the_norm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(jnp.float16, 0.03), (jnp.bfloat16, 0.12), (jnp.float32, 1e-5)], ids=lambda x: str(x)
+    ("dtype", "tolerance"),
+    [slow(jnp.float16, 0.03), (jnp.bfloat16, 0.12), slow(jnp.float32, 1e-5)],
+    ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("shape", [(24, 40), slow((40, 24))])
 def test_any_number_of_steps_in_any_type_traced_or_not(dtype: Any, tolerance: float, shape: tuple[int, int]) -> None:
@@ -252,6 +254,7 @@ def test_muon_names_a_parameter_that_is_no_matrix(shape: tuple[int, ...]) -> Non
         muon(0.05).init(params)
 
 
+@pytest.mark.slow
 def test_muon_composes() -> None:
     """chain, inject_hyperparams, schedules and jit around it give what it gives alone."""
     gradients = [to_float32(g) for g in gradients_for(3)]

@@ -273,6 +273,7 @@ def test_eight_devices_give_the_losses_of_one():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoints_fit_any_number_of_devices():
     """2 -> 8 -> 1 devices, between them as on disk: every number of devices has the same arrays, bit for bit."""
     batches = small_batches(4)

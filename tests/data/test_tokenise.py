@@ -467,6 +467,7 @@ def test_fineweb_downloads_what_was_asked_and_nothing_twice(
     assert contents(out) == shard_bytes
 
 
+@pytest.mark.slow
 def test_fineweb_goes_on_after_a_failure(tmp_path: Path, hub: Hub, shard_bytes: dict[str, bytes]) -> None:
     out, environment = tmp_path / "fineweb", hub.environment(tmp_path / "home")
     hub.fails.add(TWO)
@@ -524,6 +525,7 @@ def test_fineweb_refuses_what_is_no_shard(tmp_path: Path, hub: Hub) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_fineweb_without_a_hub(tmp_path: Path, hub: Hub) -> None:
     environment = hub.environment(tmp_path / "home")
     unreachable = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -321,6 +321,7 @@ def test_scale_may_be_an_array_and_traced(implementation, scale):
     np.testing.assert_allclose(d_scale, np.sum((up - down) * d_output) / (2 * step), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_the_references_and_others_say_so():
     (q, k, v, d_output), mask, visible = numpy_case()
 
