@@ -163,8 +163,8 @@ _TINY_MODEL = ModelConfig(
 
 CHECKPOINT_EVERY = 250
 """Steps of the record: half a minute of it on 8 GPUs, 4 to 5 on one, which is what a kill may cost. A save is 1.9 GB:
-it stops the host for 1.1 to 1.7 s and is complete 4 s later, while steps go on at their usual rate (docs/lab-book.md). It
-comes with every second validation, when the clock stands still."""
+it stops the host for 1.1 to 1.7 s and is complete 4 s later, while steps go on at their usual rate (docs/lab-book.md).
+It comes with every second validation, when the clock stands still."""
 
 PRESETS = {
     "sub3min": Config("sub3min", checkpoint_every=CHECKPOINT_EVERY),

@@ -10,7 +10,7 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34359738
 FULL = """INTERNAL: Failed to get configs for: 5 out of 175 instructions. See logs for all failures. Example failure:
 All backends failed to find supported configs:
  - INTERNAL: BlasLt is unavailable"""
-AUTOTUNED = """NOT_FOUND: Failed to get configs for: 35 out of 175 instructions. See logs for all failures. Example failure:
+AUTOTUNED = """NOT_FOUND: Failed to get configs for: 35 out of 175 instructions. Example failure:
  - RESOURCE_EXHAUSTED: Out of memory while trying to allocate 67108864 bytes."""
 
 
