@@ -14,7 +14,7 @@ from jax_speedrun.kernels.attention import block_sparse_attention
 from jax_speedrun.kernels.block_mask import long_short_masks
 from jax_speedrun.kernels.embedding import embed
 from jax_speedrun.kernels.head import head_logits, head_loss
-from jax_speedrun.kernels.implementation import compiling_for_hopper
+from jax_speedrun.kernels.implementation import compiling_for_hopper, interpret_kernels
 from jax_speedrun.kernels.layer.mlp import mlp
 from jax_speedrun.kernels.layer.residual import add_linear, known_rstd, rstd
 from jax_speedrun.kernels.layer.self_attention import self_attention
@@ -173,6 +173,21 @@ def test_kernels_in_shard_map(name):
     with compiling_for_hopper():
         program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(KERNEL_X, KERNEL_W, KERNEL_IDS)
     assert [a.shape for a in program.out_avals] == [KERNEL_X.shape, KERNEL_W.shape]
+
+
+def test_a_kernels_gradient_of_a_shared_table_is_summed():
+    ids, table, d_rows = rng.integers(0, V, (N, 64)), np.ones((V, 128), np.float32), rng.standard_normal((N, 64, 128))
+
+    def local_loss(table, ids, d_rows):
+        return jax.lax.psum(jnp.sum(embed(table, ids[0], implementation="hopper") * d_rows[0]), "data")
+
+    specs = (WHOLE, BY_DEVICE, BY_DEVICE)
+    loss = jax.shard_map(local_loss, mesh=mesh_of(AxisType.Auto), in_specs=specs, out_specs=WHOLE)
+    with interpret_kernels():
+        got = jax.jit(jax.grad(loss))(table, ids, d_rows)
+    want = np.zeros(table.shape)
+    np.add.at(want, ids, d_rows)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", HOPPER_OPS)
