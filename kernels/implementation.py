@@ -12,12 +12,13 @@ says in a function `unsupported(...)`: a phrase such as "T a multiple of 128, go
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 Implementation = Literal["auto", "hopper", "xla", "reference"]
@@ -64,6 +65,7 @@ def choose(
     implementation: Implementation,
     unsupported: Callable[[], str | None],
     *,
+    arrays: Iterable[jax.Array] = (),
     device: jax.Device | None = None,
     names: tuple[Implementation, ...] = ("auto", "hopper", "xla"),
 ) -> Implementation:
@@ -73,6 +75,7 @@ def choose(
       op: its name, for messages.
       implementation: what was asked for.
       unsupported: what the Hopper kernels need of the arguments; asked only where they could run at all.
+      arrays: of the arguments, those that kernels would read.
       device: where it is to run; by default this process's first device.
       names: those that the op has.
 
@@ -82,7 +85,7 @@ def choose(
     check_name(op, implementation, names)
     if implementation not in ("auto", "hopper"):
         return implementation
-    reason = _no_hopper(device) or unsupported()
+    reason = _no_hopper(device) or _no_mesh(arrays) or unsupported()
     if reason is None:
         return "hopper"
     if implementation == "auto":
@@ -124,6 +127,37 @@ def _refuse_second_order(op: str, primals: tuple[Any], tangents: tuple[Any]) -> 
     )
 
 
+def vary_together[*Trees](*trees: *Trees) -> tuple[*Trees]:
+    """Return arrays of which each varies over all mesh axes that any of them varies over: for `jax.shard_map`.
+
+    A backward pass of ours makes gradients of all arguments from all of them. If so the arguments vary alike, they have
+    the type that JAX wants, and it sums what goes back to an argument that did not vary. Elsewhere nothing happens.
+    """
+    axes: set[Any] = set()
+    axes.update(*(_varying(leaf) for leaf in jax.tree.leaves(trees)))
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, trees) if axes else trees
+
+
+def check_whole(op: str, *arrays: jax.Array | None, by_token: tuple[jax.Array, ...] = ()) -> None:
+    """Refuse arrays that an Explicit mesh splits, but for the first axis of those in `by_token`.
+
+    Raises:
+      ValueError: for one that is split.
+    """
+    types = [(jax.typeof(x), 0) for x in arrays if x is not None] + [(jax.typeof(x), 1) for x in by_token]
+    for array_type, free in types:
+        if any(axis is not None for axis in array_type.sharding.spec[free:]):
+            raise ValueError(
+                f"{op} cannot take {array_type} as it is split over the mesh; call it inside jax.shard_map, "
+                "vmap over the axis that is split, or make the mesh with AxisType.Auto"
+            )
+
+
 def check_ids(op: str, name: str, ids: ArrayLike) -> jax.Array:
     """Return token ids as int32, (T,).
 
@@ -147,6 +181,21 @@ def _no_hopper(device: jax.Device | None) -> str | None:
         return None
     device = device or jax.devices()[0]
     return None if on_hopper(device) else f"an H100 or H200, not {device.device_kind}"
+
+
+def _no_mesh(arrays: Iterable[jax.Array]) -> str | None:
+    """Return what arrays on an Explicit mesh lack for the kernels, which see a device's own part of them."""
+    for array in arrays:
+        mesh = jax.typeof(array).sharding.mesh
+        axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        if any(size > 1 and kind == AxisType.Explicit for size, kind in axes):
+            return f"arrays of one device, got {jax.typeof(array)} on an Explicit mesh (call it inside jax.shard_map)"
+    return None
+
+
+def _varying(array: jax.Array) -> frozenset[Any]:
+    varying: frozenset[Any] = jax.typeof(array).manual_axis_type.varying
+    return varying
 
 
 def on_hopper(device: jax.Device) -> bool:

@@ -57,3 +57,17 @@ def random_mask(
     element_rule = (position[:, None] >= position) & (documents[:, None] == documents)
     mask = BlockMask(lists[0], lists[1], lists[2], lists[3], jnp.asarray(documents, jnp.int32), block_size)
     return mask, full | (partial & element_rule)
+
+
+def spread(bad: dict[str, NDArray[np.bool_]], visible: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], ...]:
+    """Where what is not finite must show, and nowhere else, by token and head: in the output, in dq, in dk and dv.
+
+    Args:
+      bad: which tokens and heads of "q", "k", "v" and "do" are not finite, (T, H) each.
+    """
+    sees_a_bad_key = np.einsum("ts,sh->th", visible.astype(int), (bad["k"] | bad["v"]).astype(int)) > 0
+    sees_any = visible.any(1)[:, None]
+    output = (bad["q"] & sees_any) | sees_a_bad_key
+    queries = output | (bad["do"] & sees_any)
+    keys = np.einsum("ts,th->sh", visible.astype(int), queries.astype(int)) > 0
+    return output, queries, keys, keys

@@ -52,6 +52,7 @@ def block_sparse_attention(
         "block_sparse_attention",
         implementation,
         lambda: unsupported(q.dtype, q.shape[-1], mask.block_size, scale),
+        arrays=(q, k, v),
         names=get_args(Implementation),
     )
     attend = _IMPLEMENTATIONS[name]

@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from ..hopper.primitives import Ref
+from ..implementation import vary_together
 from .order import TokenOrder
 
 TOKENS = 64  # of a program: at T = 65,536 all 1024 programs run at once, eight on each multiprocessor
@@ -37,8 +38,7 @@ NOTHING = -1
 def hopper_gradient(d_rows_TD: Array, order: TokenOrder, dtype: DTypeLike) -> Array:
     """Return for each id the sum of the rows of `d_rows_TD` that stand at it: (V, D) in `dtype`, 0 for absent ids.
 
-    Accumulates in float32, in an order that the ids alone determine. Inside
-    `shard_map`, switch off `check_vma`: Pallas' GPU kernels do not carry it.
+    Accumulates in float32, in an order that the ids alone determine.
 
     Args:
       d_rows_TD: shapes as `unsupported` says.
@@ -48,7 +48,8 @@ def hopper_gradient(d_rows_TD: Array, order: TokenOrder, dtype: DTypeLike) -> Ar
     plan = make_plan(order)
     table_VD, parts_QD = _sum_rows(d_rows_TD, order, plan.target_T, jnp.dtype(dtype))
     crossing_PD = _sum_parts(parts_QD, plan.later_P, jnp.dtype(dtype))
-    return table_VD.at[plan.place_P].set(crossing_PD, mode="drop", unique_indices=True)
+    gradient_VD = table_VD.at[plan.place_P].set(crossing_PD, mode="drop", unique_indices=True)
+    return vary_together(d_rows_TD, gradient_VD)[1]  # which Pallas' results do not
 
 
 def unsupported(tokens: int, width: int) -> str | None:

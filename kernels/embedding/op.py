@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, check_ids, choose, first_order
+from ..implementation import Implementation, check_ids, check_whole, choose, first_order, vary_together
 from .order import TokenOrder, sort_tokens
 
 
@@ -34,12 +34,14 @@ def embed(
     table_VD, tokens_T = jnp.asarray(table_VD), check_ids("embed", "tokens", tokens_T)
     if table_VD.ndim != 2 or not jnp.issubdtype(table_VD.dtype, jnp.floating):
         raise ValueError(f"embed: the table must be floats of shape (V, D), got {table_VD.dtype} {table_VD.shape}")
-    name = choose("embed", implementation, lambda: unsupported(tokens_T.shape[0], table_VD.shape[1]))
+    check_whole("embed", table_VD, tokens_T)
+    sizes = tokens_T.shape[0], table_VD.shape[1]
+    name = choose("embed", implementation, lambda: unsupported(*sizes), arrays=(table_VD, tokens_T))
     if name != "hopper":
         order = None
     elif order is None:
         order = sort_tokens(tokens_T, table_VD.shape[0])
-    return _embed(table_VD, tokens_T, order)
+    return _embed(*vary_together(table_VD, tokens_T, order))
 
 
 def unsupported(tokens: int, width: int) -> str | None:
@@ -59,7 +61,9 @@ def plain_gradient(d_rows_TD: Array, tokens_T: Array, vocab_size: int, dtype: DT
 
 @jax.custom_vjp
 def _embed(table_VD: Array, tokens_T: Array, order: TokenOrder | None) -> Array:
-    return table_VD.at[tokens_T].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    whole = jax.typeof(table_VD).sharding  # on an Explicit mesh JAX asks how the rows are split
+    rows = table_VD.at[tokens_T]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=whole)
 
 
 def _forward(

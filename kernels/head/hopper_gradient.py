@@ -31,7 +31,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..hopper.primitives import COLUMN, ROW, Ref, columns, positions, rows, tile
+from ..hopper.primitives import COLUMN, ROW, Ref, columns, kernel, positions, rows, tile
 from .numerics import CAP, GRADIENT_SCALE, HALF_CAP_LOG2, TEMPERATURE, squash
 
 TOKENS = 64
@@ -103,9 +103,9 @@ def logit_gradient(z_TV: Array, log2_total_T: Array, targets_T: Array) -> tuple[
 
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return kernel(
         body,
-        out_type=(
+        (
             jax.ShapeDtypeStruct((length, vocab_size), jnp.float8_e5m2),
             jax.ShapeDtypeStruct((vocab_size, length), jnp.float8_e5m2),
         ),

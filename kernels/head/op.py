@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, check_ids, choose, first_order
+from ..implementation import Implementation, check_ids, check_whole, choose, first_order, vary_together
 from .numerics import CAP, GRADIENT_SCALE, TEMPERATURE, W_SCALE, X_SCALE, HeadPrecision
 
 IGNORE_INDEX = -100
@@ -70,8 +70,8 @@ def head_loss(
 
     Returns:
       A float32 scalar. Differentiable in `x_TD` and `head_VD`, with `hopper` once. A target that is neither makes it
-      and its gradients NaN where only the device sees the targets. Inside `shard_map`, switch off `check_vma` for
-      `hopper`: Pallas' GPU kernels do not carry it.
+      and its gradients NaN where only the device sees the targets. Inside `shard_map` it is the mean over a device's
+      own tokens; the gradient of weights that devices share is summed over them, unless `check_vma` is off.
 
     Raises:
       ValueError: for shapes that do not fit together, no tokens, or targets that are neither ids nor `IGNORE_INDEX`;
@@ -81,10 +81,14 @@ def head_loss(
     _check_known(targets_T, head_VD.shape[0])
     targets_T = check_ids("head_loss", "targets", targets_T)
     _check(x_TD, head_VD, targets_T, precision)
-    implementation = choose("head_loss", implementation, lambda: unsupported(precision, x_TD.shape[0], *head_VD.shape))
+    check_whole("head_loss", x_TD, head_VD, targets_T)
+    sizes = x_TD.shape[0], *head_VD.shape
+    implementation = choose(
+        "head_loss", implementation, lambda: unsupported(precision, *sizes), arrays=(x_TD, head_VD, targets_T)
+    )
     if chunk_tokens is None:
         chunk_tokens = _chunk_tokens(implementation)
-    return _head_loss(x_TD, head_VD, targets_T, precision, implementation, chunk_tokens)
+    return _head_loss(*vary_together(x_TD, head_VD, targets_T), precision, implementation, chunk_tokens)
 
 
 def head_logits(x_TD: Array, head_VD: Array, precision: HeadPrecision) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..implementation import interpreting
+from ..implementation import interpreting, vary_together
 from .config import WARPGROUPS
 
 type Ref = Any  # a Pallas reference: its functions do not agree on a public type for one
@@ -85,13 +85,19 @@ def tile(*shape: int, dtype: DTypeLike = jnp.bfloat16) -> pl.MemoryRef:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def kernel(body: Callable[..., None], out_type: Any, **options: Any) -> Callable[..., Any]:
+    """Return `plgpu.kernel`, with results that vary over mesh axes as the arguments do, which Pallas does not say."""
+    run = plgpu.kernel(body, out_type=out_type, **options)
+    return lambda *arguments: vary_together(arguments, run(*arguments))[1]
+
+
 def launch(
     body: Callable[..., None], name: str, out_type: Any, scratch: dict[str, Any], *, programs: int
 ) -> Callable[..., Any]:
     """Return a kernel over a line of programs, each of two warpgroups."""
-    return plgpu.kernel(
+    return kernel(
         body,
-        out_type=out_type,
+        out_type,
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose, first_order
+from ..implementation import Implementation, check_whole, choose, first_order, vary_together
 from . import residual
 from .residual import known_rstd, linear, weight_gradient, wide
 
@@ -45,8 +45,7 @@ def mlp(
       implementation: `hopper` is for bfloat16, T a multiple of 128, D and F of 256.
 
     Returns:
-      Differentiable in x, fc and proj. Inside `shard_map`, switch off `check_vma` for `hopper`: Pallas' GPU kernels do
-      not carry it.
+      Differentiable in x, fc and proj.
 
     Raises:
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does not
@@ -54,9 +53,11 @@ def mlp(
     """
     x_TD, rstd_T, fc_FD, proj_DF = map(jnp.asarray, (x_TD, rstd_T, fc_FD, proj_DF))
     _check(x_TD, rstd_T, fc_FD, proj_DF)
-    name = choose("mlp", implementation, lambda: unsupported(x_TD.dtype, x_TD.shape[0], *reversed(fc_FD.shape)))
+    check_whole("mlp", fc_FD, proj_DF, by_token=(x_TD, rstd_T))
+    sizes = x_TD.shape[0], *reversed(fc_FD.shape)
+    name = choose("mlp", implementation, lambda: unsupported(x_TD.dtype, *sizes), arrays=(x_TD, fc_FD, proj_DF))
     if name == "hopper":
-        return _hopper(x_TD, rstd_T, fc_FD, proj_DF)
+        return _hopper(*vary_together(x_TD, rstd_T, fc_FD, proj_DF))
     wide_TD = x_TD.astype(wide(x_TD.dtype))  # in which its gradient's parts are summed: see residual.py
     z_TF = linear(wide_TD.astype(x_TD.dtype), fc_FD)
     y_TD = linear(relu_squared(z_TF, known_rstd(wide_TD, rstd_T)), proj_DF)

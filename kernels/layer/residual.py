@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..implementation import Implementation, choose, first_order, known_number
+from ..implementation import Implementation, check_whole, choose, first_order, known_number, vary_together
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
@@ -40,26 +40,30 @@ def rstd(x_TD: Array, epsilon: float) -> Array:
     return lax.rsqrt(jnp.mean(wide_TD * wide_TD, axis=-1) + epsilon)
 
 
-@jax.custom_vjp
 def known_rstd(x_TD: Array, rstd_T: Array) -> Array:
     """Return `rstd_T`, which must be `rstd(x_TD)`, as a function of x: its gradient goes to x."""
+    return _known_rstd(*vary_together(x_TD, rstd_T))
+
+
+@jax.custom_vjp
+def _known_rstd(x_TD: Array, rstd_T: Array) -> Array:
     del x_TD
     return rstd_T
 
 
 def _known_forward(x_TD: Array, rstd_T: Array) -> tuple[Array, tuple[Array, Array]]:
-    return known_rstd(x_TD, rstd_T), (x_TD, rstd_T)  # what differentiates this knows it too
+    return _known_rstd(x_TD, rstd_T), (x_TD, rstd_T)  # what differentiates this knows it too
 
 
 def _known_backward(saved: tuple[Array, Array], d_rstd_T: Array) -> tuple[Array, Array]:
     x_TD, rstd_T = saved
-    rstd_T = known_rstd(x_TD, rstd_T)
+    rstd_T = _known_rstd(x_TD, rstd_T)
     # d rstd / dx = -rstd^3 x / D: epsilon cancels.
     along_x_T = d_rstd_T * rstd_T * rstd_T * rstd_T * (-1 / x_TD.shape[1])
     return (along_x_T[:, None] * x_TD.astype(wide(x_TD.dtype))).astype(x_TD.dtype), jnp.zeros_like(rstd_T)
 
 
-known_rstd.defvjp(_known_forward, _known_backward)
+_known_rstd.defvjp(_known_forward, _known_backward)
 
 
 def linear(x: Array, weight: Array) -> Array:
@@ -90,7 +94,6 @@ def add_linear(
 
     Returns:
       Differentiable in all arrays through the sum. The inverse RMS counts as a constant: see `known_rstd`.
-      Inside `shard_map`, switch off `check_vma` for `hopper`: Pallas' GPU kernels do not carry it.
 
     Raises:
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does not
@@ -103,13 +106,15 @@ def add_linear(
             f"add_linear needs x (T, D), y (T, C) and a weight (D, C), "
             f"got {x_TD.shape}, {y_TC.shape} and {weight_DC.shape}"
         )
+    check_whole("add_linear", weight_DC, by_token=(x_TD, y_TC))
     name = choose(
         "add_linear",
         implementation,
         lambda: unsupported(x_TD.dtype, x_TD.shape[0], (y_TC.shape[1], x_TD.shape[1])),
+        arrays=(x_TD, y_TC, weight_DC),
     )
     if name == "hopper":
-        return _hopper(x_TD, y_TC, weight_DC, epsilon)
+        return _hopper(*vary_together(x_TD, y_TC, weight_DC), epsilon)
     sum_TD = x_TD + linear(y_TC, weight_DC)
     return sum_TD, lax.stop_gradient(rstd(sum_TD, epsilon))
 

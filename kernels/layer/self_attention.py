@@ -48,7 +48,15 @@ from jax.typing import DTypeLike
 from ..attention.op import block_sparse_attention
 from ..attention.schedule import Schedule, build_schedule
 from ..block_mask import BLOCK_SIZE, BlockMask
-from ..implementation import Implementation, check_name, choose, first_order, known_number
+from ..implementation import (
+    Implementation,
+    check_name,
+    check_whole,
+    choose,
+    first_order,
+    known_number,
+    vary_together,
+)
 from .residual import known_rstd, linear, weight_gradient, wide
 
 type Heads = tuple[Array, Array, Array]
@@ -91,8 +99,8 @@ def self_attention(
         128.
 
     Returns:
-      Differentiable in x, W, value embedding and lambdas. Inside `shard_map`, switch off `check_vma` for `hopper`:
-      Pallas' GPU kernels do not carry it.
+      Differentiable in x, W, value embedding and lambdas. With `hopper`, NaN and infinity also show where the mask
+      hides them: `block_sparse_attention`, which holds them back, passes over q, k and v for it.
 
     Raises:
       ValueError: for shapes that do not fit together, or if `hopper` does not support the dtype or a size or does
@@ -109,7 +117,13 @@ def self_attention(
     epsilon = known_number("self_attention", "epsilon", epsilon)
     channels, width = qkv_3CD.shape[1:]
     sizes = x_TD.shape[0], width, channels, channels // heads, cos_TR.shape[1]
-    name = choose("self_attention", implementation, lambda: unsupported(x_TD.dtype, *sizes, mask.block_size))
+    check_whole("self_attention", *inputs)
+    name = choose(
+        "self_attention",
+        implementation,
+        lambda: unsupported(x_TD.dtype, *sizes, mask.block_size),
+        arrays=(x_TD, qkv_3CD),
+    )
     mask = mask.checked()
     if mask.documents.shape != x_TD.shape[:1]:
         raise ValueError(
@@ -119,7 +133,7 @@ def self_attention(
     if name == "hopper":
         with jax.named_scope("masks"):
             schedule = build_schedule(mask)
-        return _hopper(softmax_scale, epsilon, inputs, mask.documents, schedule)
+        return _hopper(softmax_scale, epsilon, *vary_together(inputs, mask.documents, schedule))
     wide_TD = x_TD.astype(wide(x_TD.dtype))  # in which its gradient's parts are summed: see residual.py
     q_THK, k_THK, v_THK = project_heads(inputs._replace(x_TD=wide_TD), x_TD.dtype, heads=heads, epsilon=epsilon)
     with jax.named_scope("attention"):

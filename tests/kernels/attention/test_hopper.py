@@ -31,7 +31,7 @@ from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_ma
 from jax_speedrun.kernels.hopper.config import WARPGROUP_ROWS
 from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
 from tests.devices import B200, H100
-from tests.numpy_attention import dense_attention, random_mask
+from tests.numpy_attention import dense_attention, random_mask, spread
 
 SCALE = 0.12
 KERNEL_CASES = int(os.environ.get("KERNEL_CASES", "8"))  # each takes a second or two in the interpreter
@@ -153,6 +153,37 @@ def test_rows_that_see_nothing():
         assert not np.asarray(dq[blind]).any()
     assert not np.asarray(dk[BLOCK_SIZE:]).any()
     assert not np.asarray(dv[: BLOCK_SIZE // 2]).any()
+
+
+@pytest.mark.parametrize("poisons", [{"q": np.nan, "k": np.inf}, {"v": np.nan, "do": -np.inf}])
+def test_what_a_query_does_not_see_is_not_felt(poisons):
+    """In a block that a list names only after its end, and masked in blocks that are visited. What is seen shows."""
+    rng = np.random.default_rng(4)
+    tokens = tokens_with_documents(rng, BLOCKS * BLOCK_SIZE, 4)
+    mask, _ = long_short_masks(tokens, 2)
+    # Block 1's queries visit block 1 alone; block 0 stands behind the end of both of its lists.
+    behind = jnp.array([[0, 0], [1, 0]], jnp.int32)
+    mask = dataclasses.replace(
+        mask,
+        partial_counts=jnp.ones(2, jnp.int32),
+        partial_indices=behind,
+        full_counts=jnp.zeros(2, jnp.int32),
+        full_indices=behind[::-1],
+    )
+    visible = np.asarray(mask.dense())
+    inputs = dict(zip(("q", "k", "v", "do"), random_inputs(rng, BLOCKS * BLOCK_SIZE, HEADS, WIDTH), strict=True))
+    bad = {name: np.zeros((BLOCKS * BLOCK_SIZE, HEADS), bool) for name in inputs}
+    clean, spoilt = dense_attention(*inputs.values(), visible, SCALE), dict(inputs)
+    for head, (where, poison) in enumerate(poisons.items()):
+        bad[where][[20, 100, 128, 200], head] = True
+        spoilt[where] = inputs[where].at[..., 3].set(jnp.where(bad[where], poison, inputs[where][..., 3]))
+    results = interpreted(*spoilt.values(), mask)
+    for got, want, touched in zip(results, clean, spread(bad, visible), strict=True):
+        got = np.asarray(got, np.float64)
+        np.testing.assert_allclose(got[~touched], want[~touched], atol=0.02 * max(1.0, np.abs(want).max()))
+        assert not np.isfinite(got[touched]).any()
+        assert touched.any()
+        assert not touched.all()
 
 
 @pytest.mark.slow
