@@ -3,8 +3,8 @@
     dQ       holds 128 queries and visits the key blocks of their row       matmuls: S, dP, dQ
     dK, dV   holds 128 keys and visits the query blocks of their column     matmuls: S, dP, dV, dK
 
-Both stream tiles of 64 rows, so that each warpgroup meets quarters of 64 x 64
-(P compares, F does not) and passes over those in which no pair is visible:
+Both stream tiles of 64 rows, which are copied two steps ahead. So each warpgroup meets quarters
+of 64 x 64 (P compares, F does not) and passes over those in which no pair is visible:
 
               keys                                    queries
              [1a 1b][2a 2b]                          [2a 2b][3a 3b]
@@ -60,9 +60,13 @@ from ..hopper.primitives import (
     with_accumulators,
 )
 from ..hopper.rotary import HEAD_WIDTH, ROTATED, rotate
-from .hopper_tiles import SLOTS, STAGES, Copy, Header, Resident, Tile, for_each_tile
+from .hopper_tiles import SLOTS, Copy, Header, Resident, Tile, for_each_tile
 from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
 
+STAGES = 3
+"""Of the stream: one step is in use, two arrive. Shared memory has room for the third because documents, which few
+quarters compare, are read from global memory."""
+AHEAD = STAGES - 1
 PARTS = BLOCK_SIZE // WARPGROUP_ROWS
 QUARTER = (WARPGROUP_ROWS, WARPGROUP_ROWS)
 
@@ -79,32 +83,25 @@ class Origin(NamedTuple):
 
 
 class DqBuffers(NamedTuple):
-    """Shared memory of dQ; the first axis is the slot, and then the warpgroup, or (kv, key_documents) the stage.
+    """Shared memory of dQ; the first axis is the slot, and then the warpgroup, or (kv) the stage.
 
-    At head width 128, of 227 KiB: 2 x 64 (queries and output gradients) + 2 x 32 (64 keys and values) = 192 KiB.
+    At head width 128, of 227 KiB: 2 x 64 (queries and output gradients) + 3 x 32 (64 keys and values) + 1 = 225 KiB.
     """
 
     q: Ref
     do: Ref
-    lse: Ref
-    delta: Ref
-    query_documents: Ref
-    dots: Ref  # of the queries; None without their origin
+    number: Ref  # of each query: lse comes, delta leaves at a tile's start, and dots, with an origin, at its end
     kv: Ref  # [stage, 0] keys, [stage, 1] values
-    key_documents: Ref
 
 
 class DkvBuffers(NamedTuple):
-    """Shared memory of dK and dV, as large: slot and warpgroup (k, v, key_documents, sums), or stage."""
+    """Shared memory of dK and dV, as large: slot and warpgroup (k, v), or stage."""
 
     k: Ref
     v: Ref
-    key_documents: Ref
-    sums: Ref  # [slot, warpgroup, 0] dots of the keys, [.., 1] of the values; None without an origin
     qdo: Ref  # [stage, 0] queries, [stage, 1] output gradients
     lse: Ref
     delta: Ref
-    query_documents: Ref
 
 
 class Barriers(NamedTuple):
@@ -135,11 +132,16 @@ class Stream(NamedTuple):
         first_row = (entry >> ENTRY_BITS) * BLOCK_SIZE + half * WARPGROUP_ROWS
         self.ring.refill(self.ring.slot(step), step >= STAGES, functools.partial(self.copy, first_row, head))
 
-    def fill_first(self, step: Array, header: Header) -> None:
+    def start(self, header: Header) -> None:
+        """Have the first steps bring what the first tile begins with."""
+        if self.prologue is not None:
+            self.fill_prologue(jnp.int32(0), header)
+        for step in range(self.extra, AHEAD):
+            self.fill_half(jnp.int32(step), header.first_entry, step - self.extra, header.head)
+
+    def fill_prologue(self, step: Array, header: Header) -> None:
         """Have step number `step` bring what a tile begins with."""
-        if self.prologue is None:
-            self.fill_half(step, header.first_entry, 0, header.head)
-            return
+        assert self.prologue is not None
         copy = functools.partial(self.prologue, header.block * BLOCK_SIZE, header.head)
         self.ring.refill(self.ring.slot(step), step >= STAGES, copy)
 
@@ -170,8 +172,7 @@ def backward_dq(
             lambda slot: (
                 Copy(q, smem.q.at[slot, warpgroup], WARPGROUP_ROWS),
                 Copy(do, smem.do.at[slot, warpgroup], WARPGROUP_ROWS),
-                Copy(lse, smem.lse.at[slot, warpgroup], WARPGROUP_ROWS),
-                Copy(documents, smem.query_documents.at[slot, warpgroup], WARPGROUP_ROWS),
+                Copy(lse, smem.number.at[slot, warpgroup], WARPGROUP_ROWS),
             ),
             warpgroup * WARPGROUP_ROWS,
         )
@@ -180,7 +181,6 @@ def backward_dq(
             for copy in (
                 Copy(k, smem.kv.at[stage, 0], WARPGROUP_ROWS),
                 Copy(v, smem.kv.at[stage, 1], WARPGROUP_ROWS),
-                Copy(documents, smem.key_documents.at[stage], WARPGROUP_ROWS),
             ):
                 copy.start(first_row, head, ready)
 
@@ -190,10 +190,11 @@ def backward_dq(
             for half in range(WARPGROUPS):
                 copy = Copy(o, smem.kv.at[stage, half], WARPGROUP_ROWS, half * WARPGROUP_ROWS)
                 copy.start(first_row, head, ready)
-            Copy(documents, smem.key_documents.at[stage], WARPGROUP_ROWS).start(first_row, head, ready)
 
         stream = Stream(_ring(barriers), copy_keys, copy_o)
-        one_tile = functools.partial(_dq_tile, schedule, origin, out, smem, resident, stream, accumulators, scale)
+        one_tile = functools.partial(
+            _dq_tile, schedule, documents, origin, out, smem, resident, stream, accumulators, scale
+        )
         _run(schedule, assignment, heads, resident, stream, one_tile)
 
     number = jax.ShapeDtypeStruct((heads, length), jnp.float32)
@@ -205,16 +206,12 @@ def backward_dq(
             smem=DqBuffers(
                 q=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
                 do=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
-                lse=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
-                delta=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
-                query_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
-                dots=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32) if origin else None,
+                number=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
                 kv=tile(STAGES, 2, WARPGROUP_ROWS, width),
-                key_documents=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.int32),
             ),
             barriers=Barriers(
-                resident=plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS * SLOTS),
-                ring=ring_barriers(3, STAGES),
+                resident=plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS * SLOTS),
+                ring=ring_barriers(2, STAGES),
             ),
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width)),
         ),
@@ -252,7 +249,6 @@ def backward_dkv(
             lambda slot: (
                 Copy(k, smem.k.at[slot, warpgroup], WARPGROUP_ROWS),
                 Copy(v, smem.v.at[slot, warpgroup], WARPGROUP_ROWS),
-                Copy(documents, smem.key_documents.at[slot, warpgroup], WARPGROUP_ROWS),
             ),
             warpgroup * WARPGROUP_ROWS,
         )
@@ -263,13 +259,12 @@ def backward_dkv(
                 Copy(do, smem.qdo.at[stage, 1], WARPGROUP_ROWS),
                 Copy(lse, smem.lse.at[stage], WARPGROUP_ROWS),
                 Copy(delta, smem.delta.at[stage], WARPGROUP_ROWS),
-                Copy(documents, smem.query_documents.at[stage], WARPGROUP_ROWS),
             ):
                 copy.start(first_row, head, ready)
 
         stream = Stream(_ring(barriers), copy_queries)
         one_tile = functools.partial(
-            _dkv_tile, schedule, origin, rstd, out, smem, resident, stream, accumulators, scale
+            _dkv_tile, schedule, documents, origin, rstd, out, smem, resident, stream, accumulators, scale
         )
         _run(schedule, assignment, heads, resident, stream, one_tile)
 
@@ -285,16 +280,13 @@ def backward_dkv(
             smem=DkvBuffers(
                 k=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
                 v=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
-                key_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
-                sums=plgpu.SMEM((SLOTS, WARPGROUPS, 2, WARPGROUP_ROWS), jnp.float32) if origin else None,
                 qdo=tile(STAGES, 2, WARPGROUP_ROWS, width),
                 lse=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.float32),
                 delta=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.float32),
-                query_documents=plgpu.SMEM((STAGES, WARPGROUP_ROWS), jnp.int32),
             ),
             barriers=Barriers(
-                resident=plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS * SLOTS),
-                ring=ring_barriers(5, STAGES),
+                resident=plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * SLOTS),
+                ring=ring_barriers(4, STAGES),
             ),
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width), (WARPGROUP_ROWS, width)),
         ),
@@ -315,16 +307,18 @@ def _run(
 
     def start(header: Header) -> None:
         resident.fill(jnp.int32(0), header)
-        pl.when(is_filler())(lambda: stream.fill_first(jnp.int32(0), header))
+        pl.when(is_filler())(lambda: stream.start(header))
 
     count, entries = for_each_tile(schedule, assignment, heads, start, one_tile)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    stream.ring.drain(entries * PARTS + count * stream.extra)
+    # The slots' numbers as something new here, or their addresses are made before the loops, and spill.
+    ring = stream.ring._replace(first=_opaque(stream.ring.first, entries))
+    ring.drain(entries * PARTS + count * stream.extra)
 
 
 def _dq_tile(
-    schedule: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, resident: Resident, stream: Stream,
-    accumulators: list[Ref], scale: float, at: Tile,
+    schedule: Ref, documents: Ref, origin: Ref, out: Sequence[Ref], smem: DqBuffers, resident: Resident,
+    stream: Stream, accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write dQ and delta of this warpgroup's 64 queries; score tiles have queries as rows."""
     warpgroup = lax.axis_index("warpgroup")
@@ -332,36 +326,34 @@ def _dq_tile(
     slot, head = resident.slot(at.number), at.header.head
     first_query = at.header.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS
     queries = pl.ds(first_query, WARPGROUP_ROWS)
-    q_tile = smem.q.at[slot, warpgroup]
+    q_tile, number = smem.q.at[slot, warpgroup], smem.number.at[slot, warpgroup]
     resident.wait(slot)
-    lse = plgpu.load(smem.lse.at[slot, warpgroup], layout=ROW)
+    lse = plgpu.load(number, layout=ROW)
 
     step = at.entries_before * PARTS + at.number  # each tile before had one for O
-    pl.when(is_filler())(lambda: stream.fill_half(step + 1, at.header.first_entry, 0, head))
+    pl.when(is_filler())(lambda: stream.fill_half(step + AHEAD, at.header.first_entry, 1, head))
     stage = stream.ring.slot(step)
     stream.ring.wait(stage)
     delta = _row_dots(smem.kv.at[stage, warpgroup], smem.do.at[slot, warpgroup])
-    smem.delta[slot, warpgroup] = delta
     stream.ring.release(stage)
+    plgpu.commit_smem()  # all threads have read lse
+    number[...] = delta
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(number, out[1].at[head, queries])
 
     def over_the_row(dq_acc: Ref) -> None:
         def quarter(stage: Array, first_key: Array, *, masked: bool) -> None:
             k_tile, v_tile = smem.kv.at[stage, 0], smem.kv.at[stage, 1]
             s_start, dp_start = rows(-lse / c, QUARTER), rows(-delta, QUARTER)
             here = _opaque(slot, stage)
-
-            def visible() -> Array:
-                same, query, key = _compare(
-                    smem.query_documents.at[slot, warpgroup], smem.key_documents.at[stage], first_query, first_key
-                )
-                return same & (key <= query)
+            visible = _sees(documents, first_query, first_key, queries_are_rows=True) if masked else None
 
             ds = _score_gradient(
                 (smem.q.at[here, warpgroup], smem.do.at[here, warpgroup]),
                 (k_tile, v_tile),
                 lambda: (s_start, dp_start),
                 c,
-                visible if masked else None,
+                visible,
             )
             multiply_add(dq_acc, ds.astype(jnp.bfloat16), k_tile)
             plgpu.wgmma_wait(0)
@@ -370,20 +362,19 @@ def _dq_tile(
         gradient = dq_acc[...] * scale
         if origin is not None:
             of_rows = _load_origin(origin, head, queries)
-            gradient, smem.dots[slot, warpgroup] = _undo(gradient, q_tile, *of_rows)
+            gradient, number[...] = _undo(gradient, q_tile, *of_rows)
         q_tile[...] = gradient.astype(jnp.bfloat16)
 
     with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_tile, out[0].at[queries, head])
-    plgpu.copy_smem_to_gmem(smem.delta.at[slot, warpgroup], out[1].at[head, queries])
     if origin is not None:
-        plgpu.copy_smem_to_gmem(smem.dots.at[slot, warpgroup], out[2].at[head, queries])
+        plgpu.copy_smem_to_gmem(number, out[2].at[head, queries])
 
 
 def _dkv_tile(
-    schedule: Ref, origin: Ref, rstd: Ref, out: Sequence[Ref], smem: DkvBuffers, resident: Resident, stream: Stream,
-    accumulators: list[Ref], scale: float, at: Tile,
+    schedule: Ref, documents: Ref, origin: Ref, rstd: Ref, out: Sequence[Ref], smem: DkvBuffers, resident: Resident,
+    stream: Stream, accumulators: list[Ref], scale: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write dK and dV of this warpgroup's 64 keys; score tiles are transposed, with keys as rows."""
     warpgroup = lax.axis_index("warpgroup")
@@ -403,11 +394,7 @@ def _dkv_tile(
                 s_start = columns(plgpu.load(smem.lse.at[stage], layout=COLUMN) * (-1 / c), QUARTER)
                 return s_start, columns(-plgpu.load(smem.delta.at[stage], layout=COLUMN), QUARTER)
 
-            def visible() -> Array:
-                same, key, query = _compare(
-                    smem.key_documents.at[slot, warpgroup], smem.query_documents.at[stage], first_key, first_query
-                )
-                return same & (key <= query)
+            visible = _sees(documents, first_key, first_query, queries_are_rows=False) if masked else None
 
             def add_to_dv(p: Array) -> None:
                 multiply_add(dv_acc, p.astype(jnp.bfloat16), do_tile)
@@ -417,7 +404,7 @@ def _dkv_tile(
                 (q_tile, do_tile),
                 starts,
                 c,
-                visible if masked else None,
+                visible,
                 add_to_dv,
             )
             multiply_add(dk_acc, ds.astype(jnp.bfloat16), q_tile)
@@ -434,22 +421,19 @@ def _dkv_tile(
         v_factor = plgpu.load(rstd.at[keys], layout=ROW, optimized=False)
         # v first, while what k needs is on its way.
         d_v = plgpu.layout_cast(dv_acc[...], plgpu.Layout.WGMMA)
-        smem.sums[slot, warpgroup, 1] = (d_v * _tile_values(v_tile)).sum(axis=1)
+        out[3][head, keys] = (d_v * _tile_values(v_tile)).sum(axis=1)
         v_tile[...] = (d_v * rows(v_factor, v_tile.shape)).astype(jnp.bfloat16)
-        d_k, smem.sums[slot, warpgroup, 0] = _undo(dk_acc[...] * scale, k_tile, *of_rows)
+        d_k, out[2][head, keys] = _undo(dk_acc[...] * scale, k_tile, *of_rows)
         k_tile[...] = d_k.astype(jnp.bfloat16)
 
     with_accumulators(over_the_column, k_tile.shape, v_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(k_tile, out[0].at[keys, head])
     plgpu.copy_smem_to_gmem(v_tile, out[1].at[keys, head])
-    if origin is not None:
-        for i, sums in enumerate(out[2:]):
-            plgpu.copy_smem_to_gmem(smem.sums.at[slot, warpgroup, i], sums.at[head, keys])
 
 
 def _opaque(slot: Array, stage: Array) -> Array:
-    """Return `slot`, as something that the compiler takes for new in each step.
+    """Return `slot`, as something that the compiler takes for new wherever `stage`, a number from 0 up, is new.
 
     Else it makes the descriptors of a whole resident tile before the loop, and they spill from registers.
     """
@@ -497,12 +481,20 @@ def _score_gradient(
     return pl.run_scoped(gradient, plgpu.ACC(QUARTER, jnp.float32), plgpu.ACC(QUARTER, jnp.float32))
 
 
-def _compare(own: Ref, other: Ref, first_own: Array, first_other: Array) -> tuple[Array, Array, Array]:
-    """Return for each pair of a quarter: is it in one document, and its positions, the row's and the column's."""
-    of_row, of_column = plgpu.load(own, layout=ROW), plgpu.load(other, layout=COLUMN)
-    same = rows(of_row, QUARTER) == columns(of_column, QUARTER)
-    column = columns(positions(first_other, WARPGROUP_ROWS, COLUMN), QUARTER)
-    return same, rows(positions(first_own, WARPGROUP_ROWS, ROW), QUARTER), column
+def _sees(documents: Ref, first_row: Array, first_column: Array, *, queries_are_rows: bool) -> Callable[[], Array]:
+    """Start to read a quarter's documents; return what tells, once scores are there, which of its pairs count."""
+    of_row, of_column = (
+        plgpu.load(documents.at[pl.ds(first, WARPGROUP_ROWS)], layout=layout, optimized=False)
+        for first, layout in ((first_row, ROW), (first_column, COLUMN))
+    )
+
+    def visible() -> Array:
+        same = rows(of_row, QUARTER) == columns(of_column, QUARTER)
+        row = rows(positions(first_row, WARPGROUP_ROWS, ROW), QUARTER)
+        column = columns(positions(first_column, WARPGROUP_ROWS, COLUMN), QUARTER)
+        return same & (column <= row if queries_are_rows else row <= column)
+
+    return visible
 
 
 def _check_origin(origin: Origin | None, width: int) -> None:
@@ -540,20 +532,24 @@ def _for_each_quarter(
 
     def one_half(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         entry, next_entry = carry
-        later = schedule[at.header.rank, HEADER + lax.div(i + 2, PARTS)]
         half = lax.rem(i, PARTS)
+        later = schedule[at.header.rank, HEADER + lax.div(i, PARTS) + 2]
         step = first_step + i
 
         @pl.when(is_filler())
         def _fill() -> None:
-            here = i + 1 < count
-            if stream.prologue is None:
-                entry = jnp.where(here, next_entry, at.following.first_entry)
-                head = jnp.where(here, at.header.head, at.following.head)
-                pl.when(here | at.more)(lambda: stream.fill_half(step + 1, entry, jnp.where(here, 1 - half, 0), head))
-            else:
-                pl.when(here)(lambda: stream.fill_half(step + 1, next_entry, 1 - half, at.header.head))
-                pl.when(~here & at.more)(lambda: stream.fill_first(step + 1, at.following))
+            # AHEAD steps are as many as halves of a block: what comes is the same half of the next entry, or of the
+            # next tile's first one; or, where a tile has a prologue, that and then the first half.
+            here = i + AHEAD < count
+            following = at.more
+            if stream.prologue is not None:
+                following &= i + AHEAD > count
+                pl.when((i + AHEAD == count) & at.more)(lambda: stream.fill_prologue(step + AHEAD, at.following))
+            entry = jnp.where(here, next_entry, at.following.first_entry)
+            head = jnp.where(here, at.header.head, at.following.head)
+            pl.when(here | following)(
+                lambda: stream.fill_half(step + AHEAD, entry, jnp.where(here, half, half - stream.extra), head)
+            )
 
         stage = stream.ring.slot(step)
         first_row = (entry >> ENTRY_BITS) * BLOCK_SIZE + half * WARPGROUP_ROWS
@@ -564,7 +560,7 @@ def _for_each_quarter(
         pl.when(masked & seen)(functools.partial(quarter, stage, first_row, masked=True))
         stream.ring.release(stage)
         pl.when(i == 0)(lambda: resident.fill_next(at))
-        return next_entry, later
+        last = half == PARTS - 1
+        return jnp.where(last, next_entry, entry), jnp.where(last, later, next_entry)
 
-    first = at.header.first_entry
-    lax.fori_loop(0, count, one_half, (first, first))
+    lax.fori_loop(0, count, one_half, (at.header.first_entry, at.header.second_entry))

@@ -52,9 +52,12 @@ from ..hopper.primitives import (
     tile,
     with_accumulators,
 )
-from .hopper_tiles import SLOTS, STAGES, Copy, Header, Resident, Tile, for_each_tile
+from .hopper_tiles import SLOTS, Copy, Header, Resident, Tile, for_each_tile
 from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
 
+STAGES = 2
+"""Of the stream: one step is in use, the next one arrives. For three, shared memory has room with one resident slot: up
+to 14 % slower, measured when a third warpgroup did the copying."""
 LOWEST = -1e30
 
 

@@ -3,8 +3,8 @@
 A kernel holds one *resident* tile (128 rows of this side, 64 in each warpgroup)
 and *streams* tiles of the other side past it.
 
-The stream is shared: one warpgroup, the filler, copies for both, one step ahead
-through a ring of two slots (hopper/pipeline.py). What comes next it knows from the
+The stream is shared: one warpgroup, the filler, copies for both, a step or two ahead
+through a ring of stages (hopper/pipeline.py). What comes next it knows from the
 schedule: the tile's next entry, or the next tile's first one. Both are read a step
 and a tile early, since an answer from memory takes as long as a step.
 
@@ -32,9 +32,6 @@ from .schedule import HEADER
 
 SLOTS = 2
 """Of the resident tiles: the next one arrives while one is in use."""
-STAGES = 2
-"""Of the stream: one step is in use, the next one arrives. For three, shared memory has room with one resident slot: up
-to 14 % slower, measured when a third warpgroup did the copying."""
 
 
 class Header(NamedTuple):
