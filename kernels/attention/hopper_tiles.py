@@ -18,6 +18,7 @@ the tile after that:
     slot 1      rows 1     | rows 1                     | result 1 leaves, rows 3    | ...
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -115,6 +116,46 @@ class Resident(NamedTuple):
 
     def _ready(self, slot: Array) -> Ref:
         return self.ready.at[lax.axis_index("warpgroup") * SLOTS + slot]
+
+
+class Logits(NamedTuple):
+    """What stands in the exponent of base 2, of a product s = q k: c s; or with a soft cap, cap' (1 - 2 r).
+
+    r is the sigmoid of -2 scale s / cap, so that 1 - 2 r is the tangent hyperbolic of scale s / cap, from an
+    exponential and a division: the special-function unit's own tanh has 11 bits. cap' = cap log2(e).
+    """
+
+    scale: float
+    soft_cap: float | None
+
+    @property
+    def c(self) -> float:
+        return self.scale * math.log2(math.e)
+
+    def sigmoid(self, s: Array) -> Array:
+        """r of a product."""
+        assert self.soft_cap is not None
+        return 1 / (1 + jnp.exp2(s * (2 * self.c / self.soft_cap)))
+
+    def capped(self, r: Array) -> Array:
+        """cap' (1 - 2 r)."""
+        assert self.soft_cap is not None
+        cap = self.soft_cap * math.log2(math.e)
+        return cap - r * (2 * cap)
+
+    def slope(self, r: Array) -> Array:
+        """The derivative of cap tanh(x / cap) by x: 1 - tanh^2."""
+        return 4 * r * (1 - r)
+
+    @property
+    def lse_unit(self) -> float:
+        """What log2-sum-exp2 is divided by, to be subtracted from what the exponent is made of: c s, or the capped."""
+        return self.c if self.soft_cap is None else 1.0
+
+
+def shared_head(head: Array, group: int) -> Array:
+    """Return the head of the keys and values that `group` query heads in a row share."""
+    return head if group == 1 else lax.div(head, group)
 
 
 def for_each_tile(
