@@ -21,7 +21,9 @@ its softmax the other has the tensor cores,
 and the output of a tile replaces its queries in shared memory.
 
 The softmax works in base 2: p = 2^(c s - m) with c = scale log2(e). Its maximum
-starts at a finite number, so a row that has seen nothing yet stays free of NaN.
+starts at a finite number, so a row that has seen nothing yet stays free of NaN;
+a head's sink is one more key, whose score is given and whose value is 0: its
+rows start from there. Heads that share keys and values read the same ones.
 Source: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) for the two warpgroups in turn.
 """
 
@@ -35,6 +37,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from ..block_mask import BLOCK_SIZE
 from ..hopper.config import WARPGROUP_ROWS, WARPGROUPS
@@ -52,9 +55,12 @@ from ..hopper.primitives import (
     tile,
     with_accumulators,
 )
-from .hopper_tiles import SLOTS, STAGES, Copy, Header, Resident, Tile, for_each_tile
+from .hopper_tiles import SLOTS, Copy, Header, Logits, Resident, Tile, for_each_tile, shared_head
 from .schedule import DOCUMENTS_BIT, ENTRY_BITS, HEADER, POSITIONS_BIT, assign_tiles
 
+STAGES = 2
+"""Of the stream: one step is in use, the next one arrives. For three, shared memory has room with one resident slot: up
+to 14 % slower, measured when a third warpgroup did the copying."""
 LOWEST = -1e30
 
 
@@ -92,25 +98,36 @@ class Sums(NamedTuple):
     total: Array
 
 
-@functools.partial(jax.jit, static_argnames="scale")  # lowered once, not once a layer
+@functools.partial(jax.jit, static_argnames=("scale", "soft_cap", "lse_of_nothing"))  # lowered once, not once a layer
 def forward(
     q_THK: Array,
-    k_THK: Array,
-    v_THK: Array,
+    k_TJK: Array,
+    v_TJK: Array,
     documents_T: Array,
     schedule: Array,
+    sinks_H: Array | None = None,
     *,
     scale: float,
+    soft_cap: float | None = None,
+    lse_of_nothing: float = 0.0,
 ) -> tuple[Array, Array]:
-    """Return attention's output (T, H, K) bf16 and log2-sum-exp2 of the scaled scores (H, T) float32.
+    """Return attention's output, as q is, and log2-sum-exp2 of the scores (H, T) float32.
 
-    Rows that see nothing give 0 in both. `schedule` is `Schedule.by_query`.
+    Args:
+      q_THK, k_TJK, v_TJK: of one dtype; H / J heads in a row share keys and values.
+      documents_T: int32.
+      schedule: `Schedule.by_query`.
+      sinks_H: float32 scores of a key that every row sees, and whose value is 0; None for no such key.
+      scale: factor on the scores.
+      soft_cap: makes cap tanh(s / cap) of a scaled score s.
+      lse_of_nothing: of rows that see nothing, whose output is 0.
     """
     length, heads, width = q_THK.shape
+    dtype, group = q_THK.dtype, heads // k_TJK.shape[1]
     assignment = jnp.asarray(assign_tiles(schedule.shape[0] * heads))
 
     def body(
-        q: Ref, k: Ref, v: Ref, documents: Ref, schedule: Ref, assignment: Ref, o: Ref, lse: Ref,
+        q: Ref, k: Ref, v: Ref, documents: Ref, schedule: Ref, assignment: Ref, sinks: Ref, o: Ref, lse: Ref,
         *, smem: Buffers, barriers: Barriers, accumulators: list[Ref],
     ) -> None:  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -128,10 +145,11 @@ def forward(
                 Copy(k, smem.k.at[stage], BLOCK_SIZE),
                 Copy(documents, smem.key_documents.at[stage], BLOCK_SIZE),
             ):
-                copy.start(block * BLOCK_SIZE, head, barriers.k.at[stage])
+                copy.start(block * BLOCK_SIZE, shared_head(head, group), barriers.k.at[stage])
 
         def copy_values(stage: Array, block: Array, head: Array) -> None:
-            Copy(v, smem.v.at[stage], BLOCK_SIZE).start(block * BLOCK_SIZE, head, barriers.v.at[stage])
+            copy = Copy(v, smem.v.at[stage], BLOCK_SIZE)
+            copy.start(block * BLOCK_SIZE, shared_head(head, group), barriers.v.at[stage])
 
         def start(header: Header) -> None:
             resident.fill(jnp.int32(0), header)
@@ -142,10 +160,11 @@ def forward(
                 copy_keys(jnp.int32(0), block, header.head)
                 copy_values(jnp.int32(0), block, header.head)
 
-        c = scale * math.log2(math.e)
+        logits = Logits(scale, soft_cap)
         attend = functools.partial(
-            _attend, schedule, o, lse, smem, barriers, resident, (copy_keys, copy_values), accumulators, c
-        )
+            _attend, schedule, sinks, (o, lse), smem, barriers, resident, (copy_keys, copy_values), accumulators,
+            logits, lse_of_nothing,
+        )  # fmt: skip
         for_each_tile(schedule, assignment, heads, start, attend)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -155,12 +174,12 @@ def forward(
         (jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype), jax.ShapeDtypeStruct((heads, length), jnp.float32)),
         dict(
             smem=Buffers(
-                q=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width),
+                q=tile(SLOTS, WARPGROUPS, WARPGROUP_ROWS, width, dtype=dtype),
                 query_documents=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.int32),
                 lse=plgpu.SMEM((SLOTS, WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
-                k=tile(STAGES, BLOCK_SIZE, width),
+                k=tile(STAGES, BLOCK_SIZE, width, dtype=dtype),
                 key_documents=plgpu.SMEM((STAGES, BLOCK_SIZE), jnp.int32),
-                v=tile(STAGES, BLOCK_SIZE, width),
+                v=tile(STAGES, BLOCK_SIZE, width, dtype=dtype),
             ),
             barriers=Barriers(
                 resident=plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS * SLOTS),
@@ -171,12 +190,13 @@ def forward(
             accumulators=interpreter_buffers((WARPGROUP_ROWS, width)),
         ),
         programs=assignment.shape[0],
-    )(q_THK, k_THK, v_THK, documents_T, schedule, assignment)
+    )(q_THK, k_TJK, v_TJK, documents_T, schedule, assignment, sinks_H)
 
 
 def _attend(
-    schedule: Ref, o: Ref, lse: Ref, smem: Buffers, barriers: Barriers, resident: Resident,
-    copies: tuple[Callable[[Array, Array, Array], None], ...], accumulators: list[Ref], c: float, at: Tile,
+    schedule: Ref, sinks: Ref | None, out: tuple[Ref, Ref], smem: Buffers, barriers: Barriers, resident: Resident,
+    copies: tuple[Callable[[Array, Array, Array], None], ...], accumulators: list[Ref], logits: Logits,
+    lse_of_nothing: float, at: Tile,
 ) -> None:  # fmt: skip
     """Write attention of this warpgroup's 64 queries of a tile."""
     warpgroup = lax.axis_index("warpgroup")
@@ -199,13 +219,15 @@ def _attend(
 
             plgpu.barrier_wait(barriers.k.at[stage])
             s = _scores(q_tile, smem.k.at[stage], barriers.schedule, fill_keys)
+            if logits.soft_cap is not None:
+                s = logits.capped(logits.sigmoid(s))
             s = lax.cond(
                 entry & (1 << DOCUMENTS_BIT) != 0,
                 lambda: _hide_other_documents(s, smem, slot, stage, entry),
                 lambda: s,
             )
             s = lax.cond(entry & (1 << POSITIONS_BIT) != 0, lambda: _hide_later_keys(s), lambda: s)
-            sums, p = _softmax(s, sums, o_acc, c)
+            sums, p = _softmax(s, sums, o_acc, logits.c if logits.soft_cap is None else 1.0, q_tile.dtype)
             # The softmax must be over before the other warpgroup is let on.
             sums, p = lax.optimization_barrier((sums, p))
             plgpu.barrier_arrive(barriers.schedule)
@@ -217,25 +239,30 @@ def _attend(
             pl.when(i == 0)(lambda: resident.fill_next(at))
             return sums, next_entry, later
 
-        lowest = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW)
-        zero = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW)
+        if sinks is None:
+            first = jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
+        else:
+            sink = jnp.maximum(sinks[at.header.head] * math.log2(math.e), LOWEST)
+            first = jnp.full((WARPGROUP_ROWS,), sink, jnp.float32), jnp.ones((WARPGROUP_ROWS,), jnp.float32)
+        first_sums = Sums(*(plgpu.layout_cast(x, ROW) for x in first))
         pl.when(warpgroup == 1)(lambda: _meet(barriers.schedule))
         entries = at.header.first_entry, at.header.second_entry
-        sums, *_ = lax.fori_loop(0, at.header.entries, step, (Sums(lowest, zero), *entries))
+        sums, *_ = lax.fori_loop(0, at.header.entries, step, (first_sums, *entries))
         pl.when(warpgroup == 0)(lambda: _meet(barriers.schedule))
 
         sees = sums.total > 0
         total = jnp.where(sees, sums.total, 1.0)
         o_value = o_acc[...]
-        q_tile[...] = (o_value * rows(1 / total, o_value.shape)).astype(jnp.bfloat16)
-        smem.lse[slot, warpgroup] = jnp.where(sees, sums.maximum + jnp.log(total) * math.log2(math.e), 0.0)
+        q_tile[...] = (o_value * rows(1 / total, o_value.shape)).astype(q_tile.dtype)
+        lse = sums.maximum + jnp.log(total) * math.log2(math.e)
+        smem.lse[slot, warpgroup] = jnp.where(sees, lse, lse_of_nothing)
 
     resident.wait(slot)
     with_accumulators(over_the_row, q_tile.shape, buffers=accumulators)
     plgpu.commit_smem()
     own = pl.ds(at.header.block * BLOCK_SIZE + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    plgpu.copy_smem_to_gmem(q_tile, o.at[own, at.header.head])
-    plgpu.copy_smem_to_gmem(smem.lse.at[slot, warpgroup], lse.at[at.header.head, own])
+    plgpu.copy_smem_to_gmem(q_tile, out[0].at[own, at.header.head])
+    plgpu.copy_smem_to_gmem(smem.lse.at[slot, warpgroup], out[1].at[at.header.head, own])
 
 
 def _scores(q_tile: Ref, k_tile: Ref, schedule_barrier: Ref, meanwhile: Callable[[], None]) -> Array:
@@ -264,14 +291,14 @@ def _hide_later_keys(s: Array) -> Array:
     return jnp.where(columns(position_k, s.shape) <= rows(position_q, s.shape), s, -jnp.inf)
 
 
-def _softmax(s: Array, sums: Sums, o_acc: Ref, c: float) -> tuple[Sums, Array]:
-    """Return this block's weights in bf16 and the new sums; rescale the output so far to the new maximum."""
+def _softmax(s: Array, sums: Sums, o_acc: Ref, c: float, dtype: DTypeLike) -> tuple[Sums, Array]:
+    """Return this block's weights, rounded, and the new sums; rescale the output so far to the new maximum."""
     maximum = jnp.maximum(sums.maximum, s.max(axis=1) * c)
     rescale = jnp.exp2(sums.maximum - maximum)
     p = jnp.exp2(s * c - rows(maximum, s.shape))
     o_value = o_acc[...]
     o_acc[...] = o_value * rows(rescale, o_value.shape)
-    return Sums(maximum, sums.total * rescale + p.sum(axis=1)), p.astype(jnp.bfloat16)
+    return Sums(maximum, sums.total * rescale + p.sum(axis=1)), p.astype(dtype)
 
 
 def _meet(schedule_barrier: Ref) -> None:

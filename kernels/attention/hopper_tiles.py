@@ -3,8 +3,8 @@
 A kernel holds one *resident* tile (128 rows of this side, 64 in each warpgroup)
 and *streams* tiles of the other side past it.
 
-The stream is shared: one warpgroup, the filler, copies for both, one step ahead
-through a ring of two slots (hopper/pipeline.py). What comes next it knows from the
+The stream is shared: one warpgroup, the filler, copies for both, a step or two ahead
+through a ring of stages (hopper/pipeline.py). What comes next it knows from the
 schedule: the tile's next entry, or the next tile's first one. Both are read a step
 and a tile early, since an answer from memory takes as long as a step.
 
@@ -18,6 +18,7 @@ the tile after that:
     slot 1      rows 1     | rows 1                     | result 1 leaves, rows 3    | ...
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -32,9 +33,6 @@ from .schedule import HEADER
 
 SLOTS = 2
 """Of the resident tiles: the next one arrives while one is in use."""
-STAGES = 2
-"""Of the stream: one step is in use, the next one arrives. For three, shared memory has room with one resident slot: up
-to 14 % slower, measured when a third warpgroup did the copying."""
 
 
 class Header(NamedTuple):
@@ -118,6 +116,46 @@ class Resident(NamedTuple):
 
     def _ready(self, slot: Array) -> Ref:
         return self.ready.at[lax.axis_index("warpgroup") * SLOTS + slot]
+
+
+class Logits(NamedTuple):
+    """What stands in the exponent of base 2, of a product s = q k: c s; or with a soft cap, cap' (1 - 2 r).
+
+    r is the sigmoid of -2 scale s / cap, so that 1 - 2 r is the tangent hyperbolic of scale s / cap, from an
+    exponential and a division: the special-function unit's own tanh has 11 bits. cap' = cap log2(e).
+    """
+
+    scale: float
+    soft_cap: float | None
+
+    @property
+    def c(self) -> float:
+        return self.scale * math.log2(math.e)
+
+    def sigmoid(self, s: Array) -> Array:
+        """r of a product."""
+        assert self.soft_cap is not None
+        return 1 / (1 + jnp.exp2(s * (2 * self.c / self.soft_cap)))
+
+    def capped(self, r: Array) -> Array:
+        """cap' (1 - 2 r)."""
+        assert self.soft_cap is not None
+        cap = self.soft_cap * math.log2(math.e)
+        return cap - r * (2 * cap)
+
+    def slope(self, r: Array) -> Array:
+        """The derivative of cap tanh(x / cap) by x: 1 - tanh^2."""
+        return 4 * r * (1 - r)
+
+    @property
+    def lse_unit(self) -> float:
+        """What log2-sum-exp2 is divided by, to be subtracted from what the exponent is made of: c s, or the capped."""
+        return self.c if self.soft_cap is None else 1.0
+
+
+def shared_head(head: Array, group: int) -> Array:
+    """Return the head of the keys and values that `group` query heads in a row share."""
+    return head if group == 1 else lax.div(head, group)
 
 
 def for_each_tile(

@@ -261,7 +261,7 @@ def test_lowers_in_a_sharded_batch_with_rematerialisation():
     ("change", "message"),
     [
         ({"head_width": 32}, "a head width of 64 or 128, got 32"),
-        ({"dtype": jnp.float32}, "bfloat16 q, k and v, got float32"),
+        ({"dtype": jnp.float32}, "bfloat16 or float16 q, k and v, got float32"),
         ({"block_size": 64}, "a mask in blocks of 128, got blocks of 64"),
         ({"scale": -1.0}, r"scale > 0, got -1.0 \(negate q\)"),
     ],

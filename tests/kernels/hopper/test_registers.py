@@ -50,12 +50,21 @@ def layer(x, rstd, qkv, values, lambdas, cos, sin, tokens):
         heads=6, softmax_scale=0.12, epsilon=1e-6, implementation="hopper",
     )
 
+def capped(q, k, v, tokens, sinks):
+    return with_sinks(q, k, v, tokens, sinks, soft_cap=50.0)
+
+def with_sinks(q, k, v, tokens, sinks, soft_cap=None):
+    mask, _ = long_short_masks(tokens, 7)
+    return attend(0.12, q, k, v, mask.documents, build_schedule(mask), sinks, soft_cap, True)
+
 T, D, F, V = 8192, 768, 3072, 50304
 f32 = dict(dtype=jnp.float32)
 tokens, rstd = array(T, dtype=jnp.int32), array(T, **f32)
 for heads, width in ((12, 64), (6, 128)):
     q = array(T, heads, width)
     gradients(attention, q, q, q, tokens)
+    shared = array(T, 2, width)
+    gradients(capped if width == 64 else with_sinks, q, shared, shared, tokens, array(heads, **f32))
 angles = array(T, 32, **f32)
 gradients(layer, array(T, D), rstd, array(3, D, D, **f32), array(T, D), array(2, **f32), angles, angles, tokens)
 residual = dict(epsilon=1e-6, implementation="hopper")
