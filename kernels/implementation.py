@@ -124,6 +124,33 @@ def _refuse_second_order(op: str, primals: tuple[Any], tangents: tuple[Any]) -> 
     )
 
 
+def varying_alike[Tree](tree: Tree, *others: Any) -> Tree:
+    """Return arrays that differ among the devices of a `shard_map` along every axis along which any of all given does.
+
+    What enters one matmul, or is carried around a loop, must be alike. The gradient of what did not differ is summed.
+    """
+    varying = frozenset[str]().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves((tree, others))))
+
+    def one(x: jax.Array) -> jax.Array:
+        axes = varying - jax.typeof(x).mat.varying
+        return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+    return jax.tree.map(one, tree)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def constant[Tree](op: str, name: str, tree: Tree) -> Tree:
+    """Return `tree`, whose numbers have no gradient: whoever asks for one gets one clear line."""
+    del op, name
+    return tree
+
+
+@constant.defjvp
+def _refuse_gradient(op: str, name: str, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    del primals, tangents
+    raise TypeError(f"{op}: {name} has no gradient here; implementation='reference' has it, or use stop_gradient")
+
+
 def check_ids(op: str, name: str, ids: ArrayLike) -> jax.Array:
     """Return token ids as int32, (T,).
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -12,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..block_mask import BlockMask
+from ..masks import causal_document_ids
 
 SAMPLES = 1024  # of each side of a picture
 NOT_CAUSAL, UNTOUCHED, MASKED, VISIBLE, FULL = range(5)
@@ -106,11 +108,12 @@ def _draw_mask(axes: Axes, mask: BlockMask, blocks: slice) -> None:
             # Only the causal part has blocks.
             axes.plot([first, border], [border, border], color="white", linewidth=0.7)
             axes.plot([border, border], [border, stop], color="white", linewidth=0.7)
-    documents = np.asarray(mask.documents)
-    starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1)) / mask.block_size
-    ends = [*starts[1:], len(full_BB)]
-    for start, end in zip(starts, ends, strict=True):
-        axes.add_patch(Rectangle((start, start), end - start, end - start, fill=False, linewidth=0.8, zorder=3))
+    if (ids := causal_document_ids(mask.predicate)) is not None:
+        documents = np.asarray(ids)
+        starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1)) / mask.block_size
+        ends = [*starts[1:], len(full_BB)]
+        for start, end in zip(starts, ends, strict=True):
+            axes.add_patch(Rectangle((start, start), end - start, end - start, fill=False, linewidth=0.8, zorder=3))
     axes.set(xlim=(first, stop), ylim=(stop, first), xlabel="key block", ylabel="query block", aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
@@ -125,17 +128,15 @@ def _sampled_kinds(mask: BlockMask, partial_BB: np.ndarray, full_BB: np.ndarray,
     positions = (size * np.arange(first, stop)[:, None] + offsets).ravel()
     query, key = positions[:, None], positions
     pair = np.ix_(positions // size, positions // size)
-    documents = np.asarray(mask.documents)[positions]
-    sees = (key <= query) & (documents[:, None] == documents)
+    sees = np.asarray(mask.predicate.pairs(jnp.asarray(query), jnp.asarray(key)))
     kinds = np.where(key // size <= query // size, UNTOUCHED, NOT_CAUSAL)
     kinds = np.where(partial_BB[pair], np.where(sees, VISIBLE, MASKED), kinds)
     return np.where(full_BB[pair], FULL, kinds)
 
 
 def _dense_blocks(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
-    if mask.documents.ndim != 1:
-        raise ValueError(
-            f"a mask of one sequence can be drawn, not a batch: documents have shape {mask.documents.shape}"
-        )
+    mask = mask.checked()
+    if mask.batch:
+        raise ValueError(f"a mask of one sequence can be drawn, not a batch: counts have {mask.partial_counts.shape}")
     partial_BB, full_BB = mask.dense_blocks()
     return np.asarray(partial_BB), np.asarray(full_BB)
