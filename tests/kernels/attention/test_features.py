@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_speedrun.kernels.attention import block_sparse_attention
+from jax_speedrun.kernels.attention.flax_nnx import attention_fn
 from jax_speedrun.kernels.attention.scores import alibi, score_fn, score_mod
 from jax_speedrun.kernels.block_mask import BlockMask
 from jax_speedrun.kernels.implementation import compiling_for_hopper
@@ -230,15 +232,6 @@ def over_mesh(spec_of_heads, spec_of_batch, attend=attend_batch):
     return jax.shard_map(attend, mesh=mesh, in_specs=(of_ids, of_x, of_x, of_x), out_specs=(of_x, of_x))
 
 
-def on_explicit_mesh(heads, batch):
-    def attend(ids, q, k, v):
-        mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
-        with jax.set_mesh(mesh):
-            return attend_batch(ids, *(jax.reshard(x, P(batch, None, heads, None)) for x in (q, k, v)))
-
-    return attend
-
-
 def scanned(ids, q, k, v):
     def body(carry, one):
         return carry, attend_batch(*(x[None] for x in one))
@@ -311,6 +304,7 @@ def test_donated_buffers_and_the_same_bits_twice():
 IMPORTED = """
 import sys
 import jax_speedrun.kernels.attention
+import jax_speedrun.kernels.attention.flax_nnx
 import jax_speedrun.kernels.attention.scores
 import jax_speedrun.kernels.masks
 print([name for name in ("optax", "orbax", "flax", "torch", "matplotlib") if name in sys.modules])
@@ -320,3 +314,35 @@ print([name for name in ("optax", "orbax", "flax", "torch", "matplotlib") if nam
 def test_importing_attention_imports_no_training_library():
     result = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class TestFlaxNnx:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 16)), jnp.float32)
+    mask = BlockMask.from_mask(causal() & window(left=6), 24, block_size=8)
+
+    def layer(self, attend=None, **options):
+        more = {} if attend is None else {"attention_fn": attend}
+        return nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0), **more, **options)
+
+    def test_it_is_the_layers_own_attention(self):
+        dense = jnp.asarray((Q[:24] >= S[:24]) & (Q[:24] - S[:24] <= 6))
+
+        def loss(layer, x, **mask):
+            return jnp.sum(jnp.sin(layer(x, **mask)))
+
+        got = nnx.value_and_grad(loss)(self.layer(attention_fn(self.mask, implementation="xla")), self.x)
+        want = nnx.value_and_grad(functools.partial(loss, mask=dense))(self.layer(), self.x)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *map(jax.tree.leaves, (got, want)))
+
+    @pytest.mark.parametrize(
+        ("options", "call", "message"),
+        [
+            ({}, {"mask": jnp.ones((24, 24), bool)}, "a dense mask"),
+            ({}, {"is_causal": True}, "is_causal: put causal"),
+            ({"dropout_rate": 0.5, "deterministic": False, "keep_rngs": True}, {}, "dropout"),
+            ({}, {"sow_weights": True}, "sown weights"),
+        ],
+    )
+    def test_what_it_cannot_do_is_refused(self, options, call, message):
+        with pytest.raises(ValueError, match=f"^attention_fn: block-sparse attention cannot take {message}"):
+            self.layer(attention_fn(self.mask), **options)(self.x, **call)
