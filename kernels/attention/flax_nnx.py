@@ -53,8 +53,8 @@ def attention_fn(mask: BlockMask, **options: Any) -> Callable[..., Array]:
         query, key, value = (x if dtype is None else x.astype(dtype) for x in (query, key, value))
         if query.ndim <= 4:
             return block_sparse_attention(query, key, value, block_mask, **options)
-        merged = (jnp.reshape(x, (-1, *x.shape[-3:])) for x in (query, key, value))
-        output = block_sparse_attention(*merged, block_mask, **options)
+        q, k, v = (jnp.reshape(x, (-1, *x.shape[-3:])) for x in (query, key, value))
+        output = block_sparse_attention(q, k, v, block_mask, **options)
         return output.reshape(*query.shape[:-1], output.shape[-1])
 
     block_mask = mask
