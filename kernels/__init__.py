@@ -6,5 +6,5 @@ same thing in a few lines and serves as its oracle.
 
     floor 2    layer/                                    the parts of a block; attention is one of them
     floor 1    attention/    head/    embedding/         families that do not know each other
-    floor 0    block_mask    implementation    hopper/   what they share
+    floor 0    hopper/    block_mask on masks    implementation    what they share
 """

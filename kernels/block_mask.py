@@ -4,11 +4,11 @@ A sequence of T tokens is cut into T / 128 blocks. For every query block the
 mask says which key blocks to visit, and splits them in two lists:
 
 * a *full* block needs no element mask: every query may see every key;
-* a *partial* block applies the element rule
-  `key <= query and document[key] == document[query]`.
+* a *partial* block applies the mask function, a predicate of masks.py; the
+  record's is `causal() & same_document(ids)`.
 
 Example: three documents (a, b, c) over six blocks, no window. `P` is visited
-with the element rule, `F` without, `.` is never touched:
+with the mask function, `F` without, `.` is never touched:
 
                      key block
     documents        0 1 2 3 4 5      partial (nearest first)   full
@@ -28,12 +28,16 @@ masks for FlexAttention); the visiting order is that of splash attention.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+
+from .masks import Blocks, Mask, causal, causal_document_ids, mask_fn, same_document, whole_number
 
 BLOCK_SIZE = 128
 DOCUMENT_START = 50256  # GPT-2's <|endoftext|>, which starts every document
@@ -44,19 +48,90 @@ DOCUMENT_START = 50256  # GPT-2's <|endoftext|>, which starts every document
 class BlockMask:
     """Which key blocks each query block visits, as a pytree of arrays.
 
-    Shapes, with B = T / block_size: counts (B,), indices (B, B), documents
-    (T,), all integers. Entries of `indices` beyond the count are ignored. A block
-    stands in at most one of the two lists, once. All leaves may carry a leading
-    batch axis. The lists need not come from `long_short_masks`: any will do, in
-    any order.
+    Shapes, with B blocks of queries and D blocks of keys: counts (B,), indices
+    (B, D), all integers. Entries of `indices` beyond the count are ignored. A block
+    stands in at most one of the two lists, once. `predicate` is the mask function
+    that partial blocks apply. All leaves may carry a leading batch axis.
+    `from_mask` makes the lists that a predicate needs; any others will do, in any
+    order: what no list names is not seen, and full blocks are visible throughout.
+
+    A last block may be short: then say how long the sequences are.
     """
 
     partial_counts: Array
     partial_indices: Array
     full_counts: Array
     full_indices: Array
-    documents: Array
+    predicate: Mask
     block_size: int = dataclasses.field(default=BLOCK_SIZE, metadata={"static": True})
+    q_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    kv_length: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def from_mask(
+        cls, mask: Mask, q_length: int, kv_length: int | None = None, *, block_size: int = BLOCK_SIZE
+    ) -> "BlockMask":
+        """Return the lists of blocks in which `mask` lets any query see any key.
+
+        Memory grows with the number of pairs of blocks, not of tokens. For a batch of masks use `jax.vmap`.
+
+        Args:
+          mask: what a query sees, from `masks`; its numbers may be traced.
+          q_length, kv_length: T queries, and S keys; None for as many.
+          block_size: tokens a block. The Hopper kernels want 128.
+
+        Raises:
+          ValueError: for lengths below 1, or numbers per token that are not as many.
+        """
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask must come of kernels/masks.py, as causal() does; got {type(mask).__name__}")
+        kv_length = q_length if kv_length is None else kv_length
+        if q_length < 1 or kv_length < 1 or block_size < 1:
+            raise ValueError(f"lengths and block size must be at least 1, got {q_length}, {kv_length}, {block_size}")
+        mask.check(q_length, kv_length)
+        starts = [jnp.arange(0, length, block_size, dtype=jnp.int32) for length in (q_length, kv_length)]
+        first_B1, first_1D = starts[0][:, None], starts[1][None, :]
+        may, must = mask.blocks(
+            Blocks(first_B1, jnp.minimum(first_B1 + block_size, q_length) - 1, block_size),
+            Blocks(first_1D, jnp.minimum(first_1D + block_size, kv_length) - 1, block_size),
+        )
+        may, must = (jnp.broadcast_to(x, (len(starts[0]), len(starts[1]))) for x in (may, must))
+        counts, indices = dense_to_ordered(jnp.stack([may & ~must, must]))
+        return cls(counts[0], indices[0], counts[1], indices[1], mask, block_size, q_length, kv_length)
+
+    @classmethod
+    def from_mask_fn(
+        cls,
+        fn: Callable[..., Any],
+        q_length: int,
+        kv_length: int | None = None,
+        *,
+        query_data: Any = (),
+        key_data: Any = (),
+        scalars: Any = (),
+        heads: int | None = None,
+        block_size: int = BLOCK_SIZE,
+    ) -> "BlockMask":
+        """Return the lists of fn(head, query, key, query_data, key_data, scalars): `from_mask` of `masks.mask_fn`."""
+        mask = mask_fn(fn, query_data=query_data, key_data=key_data, scalars=scalars, heads=heads)
+        return cls.from_mask(mask, q_length, kv_length, block_size=block_size)
+
+    @property
+    def documents(self) -> Array:
+        """The ids of the record's rule, `causal() & same_document(ids)`.
+
+        Raises:
+          ValueError: for any other rule.
+        """
+        ids = causal_document_ids(self.predicate)
+        if ids is None:
+            raise ValueError(f"the mask must be causal() & same_document(ids), not {self.predicate}")
+        return jnp.asarray(ids)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axis of a batch of masks, () of one."""
+        return np.shape(self.partial_counts)[:-1]
 
     def windowed(self, window_blocks: ArrayLike) -> "BlockMask":
         """Return the mask without key blocks that lie `window_blocks` or more before the query's own, which stays.
@@ -65,7 +140,7 @@ class BlockMask:
           ValueError: for a window that is no integer, or lists that do not fit together.
         """
         mask = self.checked()
-        window = jnp.maximum(_window(window_blocks, mask.partial_indices.shape[-1]), 1)
+        window = jnp.maximum(_window(window_blocks, max(mask.partial_indices.shape[-2:])), 1)
         partial_counts, partial_indices = _nearer(mask.partial_counts, mask.partial_indices, window)
         full_counts, full_indices = _nearer(mask.full_counts, mask.full_indices, window)
         return dataclasses.replace(
@@ -77,30 +152,44 @@ class BlockMask:
         )
 
     def checked(self) -> "BlockMask":
-        """Return the mask with its leaves as int32 arrays.
+        """Return the mask with its leaves as arrays, integers as int32, and its lengths filled in.
 
         Raises:
           ValueError: unless shapes, types and batch axes are those that the class describes.
         """
-        leaves = {name: getattr(self, name) for name in _LEAVES}
-        arrays = {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in leaves.items()}
-        documents, size = arrays["documents"], self.block_size
-        if documents.ndim not in (1, 2) or size < 1 or documents.shape[-1] % size:
+        lists = {name: getattr(self, name) for name in _LISTS}
+        arrays = {name: x if isinstance(x, jax.Array) else np.asarray(x) for name, x in lists.items()}
+        indices, size = arrays["partial_indices"], self.block_size
+        if indices.ndim not in (2, 3) or size < 1:
             raise ValueError(
-                f"BlockMask: documents must be (T,) or (N, T) with T a multiple of block_size = {size}, "
-                f"got {documents.shape}"
+                f"BlockMask: partial_indices must be (B, D) or (N, B, D) of blocks of at least 1, "
+                f"got {indices.shape} of {size}"
             )
-        *batch, tokens = documents.shape
-        blocks = tokens // size
         for name, array in arrays.items():
-            own = {"documents": (tokens,), "partial_counts": (blocks,), "full_counts": (blocks,)}
-            wanted = (*batch, *own.get(name, (blocks, blocks)))
+            wanted = indices.shape if name.endswith("indices") else indices.shape[:-1]
             if array.shape != wanted or not jnp.issubdtype(array.dtype, jnp.integer):
                 raise ValueError(
-                    f"BlockMask: {name} must be integers of shape {wanted}, as documents are {documents.shape} "
-                    f"in blocks of {size}, got {array.dtype} {array.shape}"
+                    f"BlockMask: {name} must be integers of shape {wanted}, as partial_indices are {indices.shape}, "
+                    f"got {array.dtype} {array.shape}"
                 )
-        return BlockMask(**{name: jnp.asarray(x).astype(jnp.int32) for name, x in arrays.items()}, block_size=size)
+        *batch, rows, columns = indices.shape
+        lengths = [
+            blocks * size if length is None else length
+            for blocks, length in ((rows, self.q_length), (columns, self.kv_length))
+        ]
+        if [-(-length // size) for length in lengths] != [rows, columns]:
+            raise ValueError(
+                f"BlockMask: lists of {rows} x {columns} blocks of {size} are not for {lengths[0]} queries "
+                f"and {lengths[1]} keys"
+            )
+        self.predicate.check(lengths[0], lengths[1], tuple(batch))
+        return BlockMask(
+            **{name: jnp.asarray(x).astype(jnp.int32) for name, x in arrays.items()},
+            predicate=jax.tree.map(_narrow, self.predicate),
+            block_size=size,
+            q_length=lengths[0],
+            kv_length=lengths[1],
+        )
 
     def dense_blocks(self) -> tuple[Array, Array]:
         """The lists as two boolean (query block, key block) matrices: (partial, full)."""
@@ -110,23 +199,35 @@ class BlockMask:
             _ordered_to_dense(mask.full_counts, mask.full_indices),
         )
 
-    def transposed(self) -> "BlockMask":
-        """The same visits by key block: row i lists the *query* blocks that visit key block i."""
+    def transposed(self) -> tuple[Array, Array, Array, Array]:
+        """The same visits by key block: the four lists, whose row i names *query* blocks that visit key block i."""
         partial, full = (jnp.swapaxes(blocks, -1, -2) for blocks in self.dense_blocks())
-        return BlockMask(*dense_to_ordered(partial), *dense_to_ordered(full), self.documents, self.block_size)
+        return *dense_to_ordered(partial), *dense_to_ordered(full)
 
     def dense(self) -> Array:
-        """The token-level (T, T) boolean matrix `visible[query, key]`. Small T only."""
-        size = self.block_size
-        partial, full = (jnp.repeat(jnp.repeat(blocks, size, axis=-2), size, axis=-1) for blocks in self.dense_blocks())
-        documents = jnp.asarray(self.documents)
-        position = jnp.arange(documents.shape[-1])
-        causal = position[:, None] >= position
-        same_document = documents[..., :, None] == documents[..., None, :]
-        return full | (partial & causal & same_document)
+        """The token-level boolean matrix `visible[query, key]`, (T, S), or (H, T, S) of heads. Small T only."""
+        mask = self.checked()
+        if mask.batch:
+            return jax.vmap(BlockMask.dense)(mask)
+        partial, full = (
+            jnp.repeat(jnp.repeat(blocks, mask.block_size, axis=0), mask.block_size, axis=1)[
+                : mask.q_length, : mask.kv_length
+            ]
+            for blocks in mask.dense_blocks()
+        )
+        query, key = jnp.arange(mask.q_length)[:, None], jnp.arange(mask.kv_length)
+        heads = mask.predicate.heads
+        head = 0 if heads == 1 else jnp.arange(heads)[:, None, None]
+        return full | (partial & mask.predicate.pairs(query, key, head))
 
 
-_LEAVES = tuple(field.name for field in dataclasses.fields(BlockMask) if field.name != "block_size")
+_LISTS = ("partial_counts", "partial_indices", "full_counts", "full_indices")
+
+
+def _narrow(number: ArrayLike) -> Array:
+    """Return a predicate's number as an array: integers, which are compared and subtracted, as int32."""
+    array = jnp.asarray(number)
+    return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
 
 def dense_to_ordered(dense: Array) -> tuple[Array, Array]:
@@ -172,20 +273,8 @@ def long_short_masks(tokens: ArrayLike, window_blocks: ArrayLike) -> tuple[Block
             "pad or cut the sequence (for a batch, use jax.vmap)"
         )
     documents = jnp.cumsum(jnp.asarray(tokens == DOCUMENT_START), dtype=jnp.int32)
-    first_document = documents[::BLOCK_SIZE]
-    last_document = documents[BLOCK_SIZE - 1 :: BLOCK_SIZE]
-
-    block = jnp.arange(tokens.shape[0] // BLOCK_SIZE)
-    query, key = block[:, None], block[None, :]
-    shares_document = (first_document[:, None] <= last_document) & (first_document <= last_document[:, None])
-    one_document = first_document == last_document
-    same_single_document = one_document[:, None] & one_document & (first_document[:, None] == first_document)
-    visited = (query >= key) & shares_document
-    full = (query > key) & same_single_document
-
-    counts, indices = dense_to_ordered(jnp.stack([visited & ~full, full]))
-    unlimited = BlockMask(counts[0], indices[0], counts[1], indices[1], documents)
-    window = _window(window_blocks, 2 * len(block))
+    unlimited = BlockMask.from_mask(causal() & same_document(documents), tokens.shape[0])
+    window = _window(window_blocks, 2 * unlimited.partial_counts.shape[0])
     return _capped(unlimited, window), _capped(unlimited, window // 2)
 
 
@@ -209,9 +298,7 @@ def _nearer(counts: Array, indices: Array, window: Array) -> tuple[Array, Array]
 
 def _window(window_blocks: ArrayLike, most: int) -> Array:
     """Return a window as a signed int32, at most `most`: an unsigned 0 - 1 would lift a cap instead of closing it."""
-    window = window_blocks if isinstance(window_blocks, jax.Array) else np.asarray(window_blocks)
-    if window.ndim != 0 or not (jnp.issubdtype(window.dtype, jnp.integer) or isinstance(window_blocks, int)):
-        raise ValueError(f"a window must be an integer, of blocks, got {window.dtype} {window.shape}")
+    window = whole_number("a window must be an integer, of blocks", window_blocks)
     if isinstance(window_blocks, int):  # of any size
         return jnp.int32(max(min(window_blocks, most), 0))
     if jnp.iinfo(window.dtype).max > most:

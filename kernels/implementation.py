@@ -158,6 +158,19 @@ def check_whole(op: str, *arrays: jax.Array | None, by_token: tuple[jax.Array, .
             )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def constant[Tree](op: str, name: str, tree: Tree) -> Tree:
+    """Return `tree`, whose numbers have no gradient: whoever asks for one gets one clear line."""
+    del op, name
+    return tree
+
+
+@constant.defjvp
+def _refuse_gradient(op: str, name: str, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    del primals, tangents
+    raise TypeError(f"{op}: {name} has no gradient here; implementation='reference' has it, or use stop_gradient")
+
+
 def check_ids(op: str, name: str, ids: ArrayLike) -> jax.Array:
     """Return token ids as int32, (T,).
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_speedrun.kernels.block_mask import BlockMask
+from jax_speedrun.kernels.masks import causal, same_document
 
 Float = NDArray[np.float64]
 
@@ -16,6 +17,59 @@ class Result(NamedTuple):
     dq: Float
     dk: Float
     dv: Float
+
+
+class Whole(NamedTuple):
+    """Output, log-sum-exp, and the gradients of query, key, value and sinks."""
+
+    output: Float
+    lse: Float
+    dq: Float
+    dk: Float
+    dv: Float
+    d_sinks: Float
+
+
+def whole_attention(
+    q: Float, k: Float, v: Float, d_output: Float, visible: NDArray[np.bool_], scale: float, *,
+    soft_cap: float | None = None, bias: Float | None = None, sinks: Float | None = None, d_lse: Float | None = None,
+) -> Whole:  # fmt: skip
+    """As `dense_attention` with all that attention can do besides; `visible` may be (H, T, S), heads of keys fewer."""
+    q, k, v, d_output = (np.asarray(x, np.float64) for x in (q, k, v, d_output))
+    heads, shared = q.shape[1], q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, shared, axis=1) for x in (k, v))
+    raw = scale * np.einsum("thk,shk->hts", q, k)
+    slope, scores = np.ones_like(raw), raw
+    if soft_cap is not None:
+        scores = soft_cap * np.tanh(raw / soft_cap)
+        slope = 1 - np.tanh(raw / soft_cap) ** 2
+    scores = np.where(visible, scores + (0 if bias is None else bias), -np.inf)
+    sink = np.full(heads, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+    with_sink = np.concatenate([scores, np.broadcast_to(sink[:, None, None], (*scores.shape[:2], 1))], axis=-1)
+    top = with_sink.max(-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    weights = np.exp(with_sink - top)
+    total = weights.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (top + np.log(total))[..., 0].T
+    weights /= np.where(total == 0, 1, total)
+    weights, sink_weight = weights[..., :-1], weights[..., -1]
+    output = np.einsum("hts,shv->thv", weights, v)
+    d_weights = np.einsum("thv,shv->hts", d_output, v)
+    delta = (weights * d_weights).sum(-1) - (0 if d_lse is None else np.asarray(d_lse, np.float64).T)
+    d_scores = scale * weights * (d_weights - delta[..., None]) * slope
+
+    def of_keys(x: Float) -> Float:  # the heads that share keys add up
+        return x.reshape(x.shape[0], -1, shared, x.shape[2]).sum(2)
+
+    return Whole(
+        output,
+        lse,
+        np.einsum("hts,shk->thk", d_scores, k),
+        of_keys(np.einsum("hts,thk->shk", d_scores, q)),
+        of_keys(np.einsum("hts,thv->shv", weights, d_output)),
+        -(sink_weight * delta).sum(-1),
+    )
 
 
 def dense_attention(q: Float, k: Float, v: Float, d_output: Float, visible: NDArray[np.bool_], scale: float) -> Result:
@@ -55,7 +109,8 @@ def random_mask(
     partial, full = blockwise
     position = np.arange(blocks * block_size)
     element_rule = (position[:, None] >= position) & (documents[:, None] == documents)
-    mask = BlockMask(lists[0], lists[1], lists[2], lists[3], jnp.asarray(documents, jnp.int32), block_size)
+    rule = causal() & same_document(jnp.asarray(documents, jnp.int32))
+    mask = BlockMask(lists[0], lists[1], lists[2], lists[3], rule, block_size)
     return mask, full | (partial & element_rule)
 
 

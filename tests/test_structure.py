@@ -85,7 +85,7 @@ def test_a_circle_is_named() -> None:
 def test_the_graph_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert import_graph.main(["jax_speedrun.kernels", "jax_speedrun.kernels.head"]) == 0
     printed = capsys.readouterr().out
-    assert "jax_speedrun.kernels: 7 rooms on 4 floors, no circle" in printed
+    assert "jax_speedrun.kernels: 8 rooms on 4 floors, no circle" in printed
     assert ["3", "layer", "attention,", "block_mask,", "hopper,", "implementation"] in [
         line.split() for line in printed.splitlines()
     ]

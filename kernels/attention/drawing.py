@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -12,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..block_mask import BlockMask
+from ..masks import causal_document_ids
 
 SAMPLES = 1024  # of each side of a picture
 NOT_CAUSAL, UNTOUCHED, MASKED, VISIBLE, FULL = range(5)
@@ -26,11 +28,12 @@ MEANING = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockCounts:
-    """Blocks that a mask visits; `share` is their part of the causal triangle, diagonal included."""
+    """Blocks that a mask visits; `share` is their part of `of`, the causal triangle with its diagonal or all blocks."""
 
     full: int
     partial: int
     share: float
+    of: str = "the causal triangle"
 
     @property
     def visited(self) -> int:
@@ -38,16 +41,18 @@ class BlockCounts:
 
     def __str__(self) -> str:
         kinds = f"{self.full:,} full + {self.partial:,} partial"
-        return f"{self.visited:,} blocks visited = {kinds}; {self.share:.1%} of the causal triangle"
+        return f"{self.visited:,} blocks visited = {kinds}; {self.share:.1%} of {self.of}"
 
 
 def count_blocks(mask: BlockMask) -> BlockCounts:
     """Counts over all query blocks, of all sequences if the mask has a batch axis."""
     mask = mask.checked()
-    *batch, blocks = mask.partial_counts.shape
+    rows, columns = mask.partial_indices.shape[-2:]
+    visited = np.logical_or(*map(np.asarray, mask.dense_blocks()))
     full, partial = int(mask.full_counts.sum()), int(mask.partial_counts.sum())
-    triangle = math.prod(batch) * blocks * (blocks + 1) / 2
-    return BlockCounts(full, partial, (full + partial) / triangle)
+    if rows == columns and not np.triu(visited, 1).any():
+        return BlockCounts(full, partial, (full + partial) / (math.prod(mask.batch) * rows * (rows + 1) / 2))
+    return BlockCounts(full, partial, (full + partial) / visited.size, "all blocks")
 
 
 def ascii_blocks(mask: BlockMask) -> str:
@@ -73,7 +78,7 @@ def draw_masks(masks: Mapping[str, BlockMask], *, title: str, blocks: slice = sl
       A figure of its own, not known to pyplot; `figure.savefig(path)` writes it.
 
     Raises:
-      ValueError: for a mask with a batch axis, or if `blocks` picks none.
+      ValueError: for a mask with a batch axis or with fewer or more keys than queries, or if `blocks` picks none.
     """
     figure = Figure(figsize=(6 * len(masks), 7.1), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=13)
@@ -89,6 +94,8 @@ def draw_masks(masks: Mapping[str, BlockMask], *, title: str, blocks: slice = sl
 
 def _draw_mask(axes: Axes, mask: BlockMask, blocks: slice) -> None:
     partial_BB, full_BB = _dense_blocks(mask)
+    if mask.checked().q_length != mask.checked().kv_length:
+        raise ValueError(f"a mask of one sequence can be drawn, not one of {full_BB.shape} blocks")
     first, stop, step = blocks.indices(len(full_BB))
     if step != 1 or first >= stop:
         raise ValueError(f"blocks {blocks} must pick a range of the {len(full_BB)} blocks")
@@ -102,15 +109,16 @@ def _draw_mask(axes: Axes, mask: BlockMask, blocks: slice) -> None:
         extent=(first, stop, stop, first),
     )
     if stop - first <= 64:
+        causal = not np.triu(partial_BB | full_BB, 1).any()  # then only the lower triangle has blocks
         for border in range(first + 1, stop):
-            # Only the causal part has blocks.
-            axes.plot([first, border], [border, border], color="white", linewidth=0.7)
-            axes.plot([border, border], [border, stop], color="white", linewidth=0.7)
-    documents = np.asarray(mask.documents)
-    starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1)) / mask.block_size
-    ends = [*starts[1:], len(full_BB)]
-    for start, end in zip(starts, ends, strict=True):
-        axes.add_patch(Rectangle((start, start), end - start, end - start, fill=False, linewidth=0.8, zorder=3))
+            axes.plot([first, border if causal else stop], [border, border], color="white", linewidth=0.7)
+            axes.plot([border, border], [border if causal else first, stop], color="white", linewidth=0.7)
+    if (ids := causal_document_ids(mask.predicate)) is not None:
+        documents = np.asarray(ids)
+        starts = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1)) / mask.block_size
+        ends = [*starts[1:], len(full_BB)]
+        for start, end in zip(starts, ends, strict=True):
+            axes.add_patch(Rectangle((start, start), end - start, end - start, fill=False, linewidth=0.8, zorder=3))
     axes.set(xlim=(first, stop), ylim=(stop, first), xlabel="key block", ylabel="query block", aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
@@ -125,17 +133,18 @@ def _sampled_kinds(mask: BlockMask, partial_BB: np.ndarray, full_BB: np.ndarray,
     positions = (size * np.arange(first, stop)[:, None] + offsets).ravel()
     query, key = positions[:, None], positions
     pair = np.ix_(positions // size, positions // size)
-    documents = np.asarray(mask.documents)[positions]
-    sees = (key <= query) & (documents[:, None] == documents)
-    kinds = np.where(key // size <= query // size, UNTOUCHED, NOT_CAUSAL)
+    heads = jnp.arange(mask.predicate.heads)[:, None, None]
+    sees = np.asarray(mask.predicate.pairs(jnp.asarray(query), jnp.asarray(key), heads))
+    sees = sees if sees.ndim == 2 else sees.any(axis=0)
+    above = UNTOUCHED if np.triu(partial_BB | full_BB, 1).any() else NOT_CAUSAL
+    kinds = np.where(key // size <= query // size, UNTOUCHED, above)
     kinds = np.where(partial_BB[pair], np.where(sees, VISIBLE, MASKED), kinds)
     return np.where(full_BB[pair], FULL, kinds)
 
 
 def _dense_blocks(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:
-    if mask.documents.ndim != 1:
-        raise ValueError(
-            f"a mask of one sequence can be drawn, not a batch: documents have shape {mask.documents.shape}"
-        )
+    mask = mask.checked()
+    if mask.batch:
+        raise ValueError(f"a mask of one sequence can be drawn, not a batch: counts have {mask.partial_counts.shape}")
     partial_BB, full_BB = mask.dense_blocks()
     return np.asarray(partial_BB), np.asarray(full_BB)

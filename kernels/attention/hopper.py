@@ -126,7 +126,7 @@ def _attention_backward(
 ) -> tuple[Array, Array, Array, None, None, Array | None]:  # fmt: skip
     saved, gradients = first_order("block_sparse_attention", (saved, gradients))
     q, k, v, o, lse, documents, schedule, sinks = saved
-    do, dlse = gradients if return_residual else (gradients, None)
+    do, dlse = gradients if isinstance(gradients, tuple) else (gradients, None)
     if dlse is not None:
         # A row that sees nothing has a constant for log-sum-exp; the kernels read a number there.
         sees = lse != -jnp.inf

@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ..attention.op import block_sparse_attention
+from ..attention.op import block_sparse_attention, unsupported_mask
 from ..attention.schedule import Schedule, build_schedule
 from ..block_mask import BLOCK_SIZE, BlockMask
 from ..implementation import (
@@ -118,17 +118,17 @@ def self_attention(
     channels, width = qkv_3CD.shape[1:]
     sizes = x_TD.shape[0], width, channels, channels // heads, cos_TR.shape[1]
     check_whole("self_attention", *inputs)
+    mask = mask.checked()
     name = choose(
         "self_attention",
         implementation,
-        lambda: unsupported(x_TD.dtype, *sizes, mask.block_size),
+        lambda: unsupported(x_TD.dtype, *sizes, mask.block_size) or unsupported_mask(mask),
         arrays=(x_TD, qkv_3CD),
     )
-    mask = mask.checked()
-    if mask.documents.shape != x_TD.shape[:1]:
+    if mask.batch or {mask.q_length, mask.kv_length} != {x_TD.shape[0]}:
         raise ValueError(
-            f"self_attention: the mask is for {mask.documents.shape} tokens, but x is {x_TD.shape}; "
-            "build it from the same sequence"
+            f"self_attention: the mask is for {(*mask.batch, mask.q_length)} queries and {mask.kv_length} keys, "
+            f"but x is {x_TD.shape}; build it from the same sequence"
         )
     if name == "hopper":
         with jax.named_scope("masks"):

@@ -22,6 +22,7 @@ from jax_speedrun.kernels.block_mask import (
     long_short_masks,
     visible_pairs,
 )
+from jax_speedrun.kernels.masks import causal, same_document
 from tests.marks import slow
 from tests.numpy_attention import random_mask
 
@@ -257,14 +258,14 @@ def test_dense_of_arbitrary_lists_is_the_element_rule(kind_BB: np.ndarray, start
     mask = BlockMask(
         *dense_to_ordered(jnp.asarray(kind_BB == 1)),
         *dense_to_ordered(jnp.asarray(kind_BB == 2)),
-        documents=jnp.asarray(np.stack([document_T, 0 * document_T]), dtype=jnp.int32),
+        predicate=causal() & same_document(jnp.asarray(np.stack([document_T, 0 * document_T]))),
         block_size=size,
     )
     visible_NTT = np.asarray(jax.jit(BlockMask.dense)(mask))
     for n, query, key in np.ndindex(2, 4 * size, 4 * size):
         kind = kind_BB[n, query // size, key // size]
-        same_document = n == 1 or document_T[query] == document_T[key]
-        assert visible_NTT[n, query, key] == (kind == 2 or (kind == 1 and key <= query and same_document))
+        one_document = n == 1 or document_T[query] == document_T[key]
+        assert visible_NTT[n, query, key] == (kind == 2 or (kind == 1 and key <= query and one_document))
 
 
 def test_the_window_recompiles_nothing() -> None:

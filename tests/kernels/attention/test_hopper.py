@@ -30,6 +30,7 @@ from jax_speedrun.kernels.attention.schedule import (
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask, long_short_masks
 from jax_speedrun.kernels.hopper.config import WARPGROUP_ROWS
 from jax_speedrun.kernels.implementation import choose, compiling_for_hopper, interpret_kernels
+from jax_speedrun.kernels.masks import causal, same_document
 from tests.devices import B200, H100
 from tests.numpy_attention import dense_attention, random_mask, spread
 
@@ -111,7 +112,7 @@ def test_a_schedule_holds_exactly_the_visible_pairs(seed, density, boundary):
     documents = np.cumsum(rng.random(4 * BLOCK_SIZE) < boundary)
     if seed % 3 == 0:  # the mask does not promise that ids only grow
         documents = rng.permutation(documents)
-    mask = dataclasses.replace(mask, documents=jnp.asarray(documents, jnp.int32))
+    mask = dataclasses.replace(mask, predicate=causal() & same_document(jnp.asarray(documents, jnp.int32)))
     schedule, want = jitted_schedule(mask), np.asarray(mask.dense())
     np.testing.assert_array_equal(visited_pairs(schedule.by_query, documents, by_key=False), want)
     np.testing.assert_array_equal(visited_pairs(schedule.by_key, documents, by_key=True), want)
@@ -144,7 +145,7 @@ def test_rows_that_see_nothing():
     first_key_block = jnp.zeros((BLOCKS, BLOCKS), jnp.int32)
     documents = jnp.where(jnp.arange(2 * BLOCK_SIZE) < 250, 0, 1) * (jnp.arange(2 * BLOCK_SIZE) >= BLOCK_SIZE)
     documents = documents.at[: BLOCK_SIZE // 2].set(3)  # queries 128..249 see keys 64..127, the last six see none
-    mask = BlockMask(one, first_key_block, none, first_key_block, documents.astype(jnp.int32))
+    mask = BlockMask(one, first_key_block, none, first_key_block, causal() & same_document(documents))
     inputs = random_inputs(rng, BLOCKS * BLOCK_SIZE, HEADS, WIDTH)
     output, dq, dk, dv = interpreted(*inputs, mask)
     assert_close((output, dq, dk, dv), inputs, np.asarray(mask.dense()))
@@ -219,7 +220,8 @@ def mask_of(length):
     counts, indices, documents = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((blocks,), (blocks, blocks), (length,))
     )
-    return BlockMask(counts, indices, counts, indices, documents)
+    rule = jax.eval_shape(lambda ids: causal() & same_document(ids), documents)
+    return BlockMask(counts, indices, counts, indices, rule)
 
 
 def test_lowers_for_cuda_at_full_size():

@@ -12,6 +12,7 @@ from jax_speedrun.kernels.attention.hopper_forward import forward
 from jax_speedrun.kernels.attention.schedule import build_schedule
 from jax_speedrun.kernels.block_mask import BLOCK_SIZE, BlockMask
 from jax_speedrun.kernels.implementation import interpret_kernels
+from jax_speedrun.kernels.masks import causal, same_document
 from tests.numpy_attention import dense_attention, random_mask
 
 SCALE, BLOCKS, HEADS, WIDTH = 0.12, 2, 2, 128
@@ -83,7 +84,7 @@ def blind_mask(rng):
         position < BLOCK_SIZE // 2, 3, jnp.where((position < BLOCK_SIZE) | (position >= 250), position, 0)
     )
     documents = jnp.where((position >= 32) & (position < BLOCK_SIZE // 2), 0, documents)
-    return BlockMask(one, indices, none, indices, documents.astype(jnp.int32))
+    return BlockMask(one, indices, none, indices, causal() & same_document(documents.astype(jnp.int32)))
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import pytest
 
 from jax_speedrun.kernels.attention import xla as attention_xla
 from jax_speedrun.kernels.attention.op import block_sparse_attention
+from jax_speedrun.kernels.attention.scores import alibi
 from jax_speedrun.kernels.block_mask import BlockMask, long_short_masks
+from jax_speedrun.kernels.masks import causal, same_document, window
 from tests.numpy_attention import dense_attention, random_mask, spread
 
 SCALE = 0.12
@@ -39,7 +41,7 @@ def random_inputs(rng, *shape, dtype=jnp.float32):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_random_lists(implementation):
     """No structure in the lists: any key block, in any order, with rows that see nothing."""
-    for seed in range(150):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         mask, visible = random_mask(rng, blocks=6, block_size=8, density=rng.random())
         inputs = random_inputs(rng, 48, 2, 16)
@@ -53,27 +55,29 @@ def test_recipe_masks_for_every_window(implementation):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(np.where(rng.random(1024) < 0.01, 50256, 7), jnp.int32)
     inputs = random_inputs(rng, 1024, 1, 16)
-    for window in (1, 2, 5, 14):
-        for mask in long_short_masks(tokens, window):
+    for blocks in (1, 2, 5, 14):
+        for mask in long_short_masks(tokens, blocks):
             results = RUN[implementation](*inputs, mask)
             want = dense_attention(*inputs, np.asarray(mask.dense()), SCALE)
             for got, expected in zip(results, want, strict=True):
                 np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
-def test_more_blocks_than_one_group_walks_together():
+@pytest.mark.parametrize("visits_at_once", [1, 3, 40])
+def test_more_blocks_than_one_group_walks_together(monkeypatch, visits_at_once):
+    """Many groups, and lists that are cut in pieces."""
+    monkeypatch.setattr(attention_xla, "pairs_at_once", lambda: visits_at_once * 2 * 2)
     rng = np.random.default_rng(2)
-    mask, visible = random_mask(rng, blocks=130, block_size=2, density=0.1)
-    inputs = random_inputs(rng, 260, 1, 8)
-    for got, want in zip(RUN["xla"](*inputs, mask), dense_attention(*inputs, visible, SCALE), strict=True):
+    mask, visible = random_mask(rng, blocks=30, block_size=2, density=0.6)
+    inputs = random_inputs(rng, 60, 1, 8)
+    results = value_and_gradients("xla")(*inputs, mask)
+    for got, want in zip(results, dense_attention(*inputs, visible, SCALE), strict=True):
         np.testing.assert_allclose(got, want, atol=3e-5)
 
 
 def test_empty_rows_give_zero_and_no_nan():
     empty = jnp.zeros(4, jnp.int32)
-    mask = BlockMask(
-        empty, jnp.zeros((4, 4), jnp.int32), empty, jnp.zeros((4, 4), jnp.int32), jnp.zeros(32, jnp.int32), 8
-    )
+    mask = BlockMask(empty, jnp.zeros((4, 4), jnp.int32), empty, jnp.zeros((4, 4), jnp.int32), causal(), 8)
     inputs = random_inputs(np.random.default_rng(3), 32, 2, 16)
     for implementation in IMPLEMENTATIONS:
         for result in RUN[implementation](*inputs, mask):
@@ -164,24 +168,27 @@ def test_leading_batch_axis(implementation, shared_mask):
 
 
 def test_work_follows_the_visited_blocks(monkeypatch):
-    """Without jit the walk runs in Python, and each matmul of two blocks can be counted."""
-    products = 0
+    """Without jit the walk runs in Python, and what each group gathers can be counted."""
+    gathered, met = 0, np.zeros((40, 40), int)
 
-    def count(*arguments):
-        nonlocal products
-        products += 1
-        return scores(*arguments)
+    def visit(group):
+        nonlocal gathered
+        gathered += group.index_GN.size
+        np.add.at(met, (group.rows_G[:, None], group.index_GN), group.listed_GN)
+        return (jnp.sum(group.listed_GN, axis=1)[None],)
 
-    scores = attention_xla._scores
-    monkeypatch.setattr(attention_xla, "_scores", count)
-    tokens = jnp.full(1024, 7, jnp.int32)
-    q, k, v, _ = random_inputs(np.random.default_rng(7), 1024, 1, 8)
-    for window in (1, 3, 8):
-        products = 0
-        long, _ = long_short_masks(tokens, window)
+    monkeypatch.setattr(attention_xla, "pairs_at_once", lambda: 64)
+    for blocks in (1, 3, 9, 40):
+        gathered, met[:] = 0, 0
+        mask = BlockMask.from_mask(causal() & window(left=8 * blocks - 8), 40 * 8, block_size=8)
+        partial, full = mask.dense_blocks()
         with jax.disable_jit():
-            block_sparse_attention(q, k, v, long, scale=SCALE, implementation="xla")
-        assert products == window
+            (counts,) = attention_xla._walk(
+                attention_xla._by_query(mask), 1, visit, lambda a, b: (a[0] + b[0],), (jnp.zeros((1, 40), jnp.int32),)
+            )
+        np.testing.assert_array_equal(met, np.asarray(partial) + np.asarray(full))
+        np.testing.assert_array_equal(counts[0], met.sum(1))
+        assert gathered <= 2 * met.sum() + 64  # the last group may reach beyond the rows
 
 
 def test_no_array_of_all_pairs_exists():
@@ -214,31 +221,43 @@ class TestBadInput:
     mask, _ = random_mask(rng, blocks=4, block_size=8, density=0.5)
     q = jnp.zeros((32, 2, 16))
 
-    def check(self, match, q=q, k=q, v=q, mask=mask, implementation="xla"):
-        with pytest.raises(ValueError, match=match):
-            block_sparse_attention(q, k, v, mask, scale=SCALE, implementation=implementation)
+    def check(self, match, q=q, k=q, v=q, mask=mask, implementation="xla", **options):
+        with pytest.raises(ValueError, match=match) as error:
+            block_sparse_attention(q, k, v, mask, scale=SCALE, implementation=implementation, **options)
+        assert "\n" not in str(error.value)
 
     def test_shapes_differ(self):
-        self.check("one shape", k=jnp.zeros((32, 1, 16)))
+        self.check("as many as values", k=jnp.zeros((32, 1, 16)))
+        self.check("as wide as queries", k=jnp.zeros((32, 2, 8)))
+        self.check("a multiple of the key's", *[jnp.zeros((32, heads, 16)) for heads in (2, 3, 3)])
 
     def test_rank(self):
-        self.check("one shape", *[jnp.zeros((32, 16))] * 3)
+        self.check(r"must be \(T, H, K\), or \(N, T, H, K\)", *[jnp.zeros((32, 16))] * 3)
 
     def test_dtypes_differ(self):
-        self.check("one dtype", v=jnp.zeros((32, 2, 16), jnp.bfloat16))
-
-    def test_length_is_no_multiple_of_the_block(self):
-        self.check("multiple", *[jnp.zeros((30, 2, 16))] * 3)
+        self.check("one floating dtype", v=jnp.zeros((32, 2, 16), jnp.bfloat16))
+        self.check("one floating dtype", *[jnp.zeros((32, 2, 16), jnp.int32)] * 3)
 
     def test_mask_of_another_length(self):
         self.check("same sequence", *[jnp.zeros((64, 2, 16))] * 3)
+        self.check("for 32 queries and 32 keys, but there are 30 and 30", *[jnp.zeros((30, 2, 16))] * 3)
+
+    def test_mask_of_other_heads(self):
+        mask = BlockMask.from_mask_fn(lambda h, q, k, qd, kd, s: q > h, 32, heads=3, block_size=8)
+        self.check("the mask is for 3 heads, but the query has 2", mask=mask)
+
+    def test_options(self):
+        self.check("soft_cap must be above 0, got 0.0; None for no cap", soft_cap=0)
+        self.check(r"sinks must be floats of shape \(2,\), got float32 \(3,\)", sinks=jnp.zeros(3))
+        self.check(r"alibi: slopes must have shape \(2,\), got \(3,\)", score_fn=alibi(heads=3))
+        self.check(r"must come of .*scores\.py, .* got function", score_fn=lambda s, h, q, k: s)
 
     def test_mask_of_another_batch(self):
         batched = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), self.mask)
         self.check("batch", *[jnp.zeros((3, 32, 2, 16))] * 3, mask=batched)
 
     def test_block_size(self):
-        self.check("multiple", mask=dataclasses.replace(self.mask, block_size=128))
+        self.check("for 512 queries", mask=dataclasses.replace(self.mask, block_size=128))
 
     def test_nothing_at_all(self):
         self.check("T, H and K must be at least 1", *[jnp.zeros((0, 2, 16))] * 3)
@@ -254,9 +273,15 @@ class TestBadInput:
             ("partial_counts", np.zeros(3, int), r"partial_counts must be integers of shape \(4,\)"),
             ("full_indices", np.zeros((4, 4)), r"full_indices must be integers .* got float64"),
             ("full_counts", np.zeros((2, 4), int), r"full_counts must be integers of shape \(4,\)"),
-            ("documents", np.zeros((2, 32), int), r"partial_counts must be integers of shape \(2, 4\)"),
-            ("documents", np.zeros(30, int), r"documents must be .* multiple of block_size = 8"),
-            ("documents", np.zeros(32), "documents must be integers"),
+            ("partial_indices", np.zeros(4, int), r"partial_indices must be \(B, D\) or \(N, B, D\)"),
+            ("block_size", 0, "blocks of at least 1, got .* of 0"),
+            ("q_length", 33, "lists of 4 x 4 blocks of 8 are not for 33 queries and 32 keys"),
+            (
+                "predicate",
+                causal() & same_document(np.zeros((2, 32), int)),
+                r"ids must have shape \(32,\) .* got \(2, 32\)",
+            ),
+            ("predicate", same_document(np.zeros(30, int)), r"ids must have shape \(32,\) for 32 queries and 32 keys"),
         ],
     )
     def test_lists_that_do_not_fit_together(self, leaf, value, message):

@@ -3,7 +3,6 @@
 hopper runs in Pallas' interpreter.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from jax_speedrun.kernels.layer.self_attention import (
     self_attention,
     unsupported,
 )
+from jax_speedrun.kernels.masks import causal, same_document
 from jax_speedrun.model import rotary
 from tests.devices import B200, H100
 from tests.marks import slow
@@ -358,7 +358,8 @@ def shapes(sizes, mixes=True):
 def mask_shapes(tokens):
     blocks = tokens // BLOCK_SIZE
     counts, indices = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((blocks,), (blocks, blocks)))
-    return BlockMask(counts, indices, counts, indices, jax.ShapeDtypeStruct((tokens,), jnp.int32), BLOCK_SIZE)
+    rule = jax.eval_shape(lambda ids: causal() & same_document(ids), jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    return BlockMask(counts, indices, counts, indices, rule, BLOCK_SIZE)
 
 
 def call(*arguments, heads, implementation="hopper"):
@@ -437,7 +438,8 @@ def test_what_hopper_does_not_take_is_said(change, dtype, message):
 
 
 def test_hopper_takes_blocks_of_128_only():
-    mask = dataclasses.replace(mask_shapes(128), block_size=64)
+    ids = jax.ShapeDtypeStruct((128,), jnp.int32)
+    mask = jax.eval_shape(lambda ids: BlockMask.from_mask(causal() & same_document(ids), 128, block_size=64), ids)
     with (
         compiling_for_hopper(),
         pytest.raises(
@@ -536,6 +538,6 @@ def test_names_and_masks_are_looked_at_whichever_path_is_taken(implementation):
         jax.eval_shape(functools.partial(run, attention="Fast"), *shapes(Sizes()), mask_shapes(128))
     with (
         compiling_for_hopper(),
-        pytest.raises(ValueError, match=r"the mask is for \(256,\) tokens, but x is \(128, 256\)"),
+        pytest.raises(ValueError, match=r"the mask is for \(256,\) queries and 256 keys, but x is \(128, 256\)"),
     ):
         jax.eval_shape(run, *shapes(Sizes()), mask_shapes(256))
