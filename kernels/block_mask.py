@@ -37,6 +37,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from .implementation import check_whole
 from .masks import Blocks, Mask, causal, causal_document_ids, mask_fn, same_document, whole_number
 
 BLOCK_SIZE = 128
@@ -272,6 +273,7 @@ def long_short_masks(tokens: ArrayLike, window_blocks: ArrayLike) -> tuple[Block
             f"tokens must have shape (T,) with T a positive multiple of {BLOCK_SIZE}, got {tokens.shape}; "
             "pad or cut the sequence (for a batch, use jax.vmap)"
         )
+    check_whole("long_short_masks", jnp.asarray(tokens))
     documents = jnp.cumsum(jnp.asarray(tokens == DOCUMENT_START), dtype=jnp.int32)
     unlimited = BlockMask.from_mask(causal() & same_document(documents), tokens.shape[0])
     window = _window(window_blocks, 2 * unlimited.partial_counts.shape[0])

@@ -231,6 +231,13 @@ def test_what_an_explicit_mesh_splits_is_refused(name, which, spec):
         jax.eval_shape(OPS[name][0], *arrays)
 
 
+def test_masks_of_tokens_that_an_explicit_mesh_splits_are_refused():
+    mesh = mesh_of(AxisType.Explicit)
+    tokens = jax.ShapeDtypeStruct((512,), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^long_short_masks cannot take .*@data.* as it is split"):
+        jax.eval_shape(long_short_masks, tokens, 2)
+
+
 @pytest.mark.parametrize("name", ["mlp", "add_linear"])
 def test_tokens_may_be_split_where_every_token_is_alone(name):
     op, _, by_sequence, differentiable = OPS[name]
