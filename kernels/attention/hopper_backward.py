@@ -597,4 +597,6 @@ def _for_each_quarter(
         last = place == per_entry - 1
         return jnp.where(last, next_entry, entry), jnp.where(last, later, next_entry)
 
-    lax.fori_loop(0, count, one_half, (at.header.first_entry, at.header.second_entry))
+    # + 0: inside shard_map JAX says of numbers that are read that they vary over mesh axes, but not of computed ones,
+    # and with those the loop goes on.
+    lax.fori_loop(0, count, one_half, (at.header.first_entry + 0, at.header.second_entry + 0))

@@ -178,7 +178,7 @@ def test_one_separator_at_every_position() -> None:
     check_all(layouts, [1 + start % 4 for start in range(length)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     starts=st.lists(
         st.integers(0, 3 * BLOCK_SIZE - 1) | st.sampled_from([0, 1, 127, 128, 129, 255, 256, 257, 383]), max_size=12
@@ -189,7 +189,7 @@ def test_any_layout_matches_brute_force(starts: list[int], window: int) -> None:
     check_all([with_starts(3 * BLOCK_SIZE, starts)], [window])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(starts=st.lists(st.integers(0, 5 * BLOCK_SIZE - 1), max_size=8), windows=st.lists(st.integers(1, 7), max_size=3))
 def test_a_window_only_clamps_the_counts(starts: list[int], windows: list[int]) -> None:
     tokens_T = with_starts(5 * BLOCK_SIZE, starts)
@@ -287,6 +287,7 @@ def test_the_window_recompiles_nothing() -> None:
     assert traces == 1
 
 
+@pytest.mark.slow
 def test_vmap_over_a_batch_equals_one_at_a_time() -> None:
     rng = np.random.default_rng(0)
     tokens_NT = jnp.asarray(np.stack([random_layout(rng, 3 * BLOCK_SIZE) for _ in range(4)]))
@@ -307,7 +308,7 @@ def test_bad_shapes_are_named(shape: tuple[int, ...]) -> None:
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), window=st.integers(-1, 6))
 def test_a_window_of_any_lists_drops_what_lies_before_it(seed: int, window: int) -> None:
     """In lists of any order, with gaps and later keys, and a batch axis."""

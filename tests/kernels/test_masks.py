@@ -1,6 +1,7 @@
 """Predicates against a token-level truth in NumPy: their pairs, and what they say of blocks, in any composition."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ from jax_speedrun.kernels.masks import (
     same_document,
     window,
 )
+
+COMPOSITIONS = int(os.environ.get("KERNEL_CASES", "12"))  # each compiles programs of its own
 
 HEADS = 3
 Bool = NDArray[np.bool_]
@@ -121,7 +124,7 @@ def check(case: Case, size: int) -> tuple[Bool, Bool, Bool]:
     return partial, full, any_seen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=COMPOSITIONS, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), depth=st.integers(0, 3), shape=st.sampled_from([(22, 17, 5), (16, 16, 4)]))
 def test_blocks_of_any_composition_are_never_missed_nor_called_full_wrongly(
     seed: int, depth: int, shape: tuple[int, int, int]

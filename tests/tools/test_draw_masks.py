@@ -24,6 +24,7 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_script_draws_the_batch_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "masks.png"
     assert run("--step", 7, "--steps", 20, "--sequence-length", 2048, "--out", out) == 0

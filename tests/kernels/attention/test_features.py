@@ -78,7 +78,7 @@ def run(q, k, v, d_output, sinks, d_lse, mask, score, *, implementation, options
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [slow("reference"), "xla"])
 def test_features(implementation, case):
     """Grouped heads, values of another width, other lengths, the log-sum-exp and its gradient, in every case."""
     options, truth, predicate, visible = CASES[case]
@@ -102,7 +102,7 @@ def test_features(implementation, case):
             np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float16"), "bfloat16"])
 def test_half_precisions_are_within_their_rounding(dtype):
     q, k, v, d_output, sinks, d_lse = (jnp.asarray(x, dtype) for x in make_inputs())
     mask = BlockMask.from_mask(NEAR, QUERIES, KEYS, block_size=8)
@@ -119,6 +119,7 @@ def test_half_precisions_are_within_their_rounding(dtype):
         assert error < {"float16": 1.5e-3, "bfloat16": 1e-2}[dtype]
 
 
+@pytest.mark.slow
 def test_flex_score_functions_know_their_head_and_positions():
     q, k, v, *_ = make_inputs()
     mask = BlockMask.from_mask(NEAR, QUERIES, KEYS, block_size=8)
@@ -273,13 +274,13 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["shard_map over heads", *(slow(p) for p in PLACES if p != "shard_map over heads")])
 def test_it_works_inside(place, batch_truth):
     ids, q, k, v = batch_of(4)
     assert_same(jax.jit(losses_and_gradients(PLACES[place]))(q, k, v, ids), batch_truth)
 
 
-@pytest.mark.parametrize("spec", [P(None, None, "d", None), P("d")], ids=["heads", "batch"])
+@pytest.mark.parametrize("spec", [slow(P(None, None, "d", None), id="heads"), pytest.param(P("d"), id="batch")])
 def test_explicit_meshes(spec, batch_truth):
     ids, q, k, v = batch_of(4)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
@@ -290,6 +291,7 @@ def test_explicit_meshes(spec, batch_truth):
     assert_same(jax.device_get(got), jax.device_get(batch_truth))
 
 
+@pytest.mark.slow
 def test_keys_that_all_devices_share_get_the_sum_of_gradients():
     """Queries cut over devices, keys and values whole on each."""
     rng = np.random.default_rng(5)

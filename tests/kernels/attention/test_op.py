@@ -13,6 +13,7 @@ from jax_speedrun.kernels.attention.op import block_sparse_attention
 from jax_speedrun.kernels.attention.scores import alibi
 from jax_speedrun.kernels.block_mask import BlockMask, long_short_masks
 from jax_speedrun.kernels.masks import causal, same_document, window
+from tests.marks import slow
 from tests.numpy_attention import dense_attention, random_mask, spread
 
 SCALE = 0.12
@@ -50,7 +51,7 @@ def test_random_lists(implementation):
             np.testing.assert_allclose(got, want, atol=3e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [slow("reference"), "xla"])
 def test_recipe_masks_for_every_window(implementation):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(np.where(rng.random(1024) < 0.01, 50256, 7), jnp.int32)
@@ -63,7 +64,7 @@ def test_recipe_masks_for_every_window(implementation):
                 np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("visits_at_once", [1, 3, 40])
+@pytest.mark.parametrize("visits_at_once", [slow(1), 3, slow(40)])
 def test_more_blocks_than_one_group_walks_together(monkeypatch, visits_at_once):
     """Many groups, and lists that are cut in pieces."""
     monkeypatch.setattr(attention_xla, "pairs_at_once", lambda: visits_at_once * 2 * 2)
@@ -299,7 +300,7 @@ def numpy_case(seed=8):
     return inputs, jax.tree.map(np.asarray, mask), visible
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [slow("reference"), "xla"])
 def test_numpy_arrays_outside_jit(implementation):
     """Also in the mask, with whatever integers it has: as inside."""
     (q, k, v, d_output), mask, visible = numpy_case()
