@@ -67,7 +67,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("distributions")
     (folder / "tree").mkdir()
     for path in ROOT.iterdir():
-        if path.name in ("docs", "jax_speedrun", "kernels", "scripts", "tests"):
+        if path.name in ("docs", "examples", "jax_speedrun", "kernels", "scripts", "tests"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(path, folder / "tree" / path.name, symlinks=True, ignore=ignored)
         elif path.is_file():
@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(distributions: dict[str, Pat
 def test_an_sdist_holds_what_its_tests_need(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    folders = [ROOT / name for name in ("docs", "kernels", "scripts", "tests")]
+    folders = [ROOT / name for name in ("docs", "examples", "kernels", "scripts", "tests")]
     needed = {path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     files = {path.relative_to(ROOT).as_posix() for path in needed} | {"LICENSE", "Makefile", "README.md"}
     assert names >= files | package_files()
