@@ -92,7 +92,7 @@ def test_resumed_by_other_numbers_of_processes(data, cache, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "length", "steps", "counts", "tolerance"),
-    [("still", 128, 30, (2, 8), 1e-5), ("tiny", 1024, 8, (2,), 2e-4)],
+    [("still", 128, 20, (2, 8), 1e-5), ("tiny", 1024, 4, (2,), 2e-4)],
 )
 def test_first_losses_of_tiny(preset, length, steps, counts, tolerance, cache, tmp_path):
     """The preset itself on 8 devices, whose sums are taken in another order when they are in several processes.
