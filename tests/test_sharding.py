@@ -193,7 +193,7 @@ def test_sharded_updates_are_the_plain_ones(devices):
 
 @pytest.mark.slow
 @given(st.sampled_from([2, 3, 4, 5, 8]), st.integers(1, 4), st.sampled_from([2, 5, 8]), st.integers(1, 20))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_sharded_updates_of_any_shapes_are_the_plain_ones(devices, layers, width, rows):
     check_shared_is_plain(devices, layers, width, rows)
 
