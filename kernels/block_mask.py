@@ -273,7 +273,8 @@ def long_short_masks(tokens: ArrayLike, window_blocks: ArrayLike) -> tuple[Block
             f"tokens must have shape (T,) with T a positive multiple of {BLOCK_SIZE}, got {tokens.shape}; "
             "pad or cut the sequence (for a batch, use jax.vmap)"
         )
-    check_whole("long_short_masks", jnp.asarray(tokens))
+    if isinstance(tokens, jax.Array):
+        check_whole("long_short_masks", tokens)
     documents = jnp.cumsum(jnp.asarray(tokens == DOCUMENT_START), dtype=jnp.int32)
     unlimited = BlockMask.from_mask(causal() & same_document(documents), tokens.shape[0])
     window = _window(window_blocks, 2 * unlimited.partial_counts.shape[0])

@@ -36,6 +36,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+COMBINE = "jnp.where, &, | and ~"
+"""What a mask function uses in place of Python's `if`, `and`, `or` and `not`."""
 FAR = 2**30
 """Of a window: further than any two tokens lie apart, and small enough for int32 sums."""
 
@@ -290,11 +292,11 @@ class SameDocument(Mask):
     kv_ids: ArrayLike | None = field(metadata=PER_KEY)
 
     def pairs(self, query: Array, key: Array, head: ArrayLike = 0) -> Array:
-        return _at(self.ids, query) == _at(self.ids if self.kv_ids is None else self.kv_ids, key)
+        of_query, of_key = self._ids_at(query, key)
+        return of_query == of_key
 
     def blocks(self, query: Blocks, key: Blocks) -> Verdict:
-        of_query = _at(self.ids, query.tokens())
-        of_key = _at(self.ids if self.kv_ids is None else self.kv_ids, key.tokens())
+        of_query, of_key = self._ids_at(query.tokens(), key.tokens())
         return _ranges_meet(*((ids.min(axis=-1), ids.max(axis=-1)) for ids in (of_query, of_key)))
 
     def check(self, q_length: int, kv_length: int, batch: tuple[int, ...] = ()) -> None:
@@ -304,6 +306,9 @@ class SameDocument(Mask):
 
     def __str__(self) -> str:
         return "same_document(ids)" if self.kv_ids is None else "same_document(ids, kv_ids)"
+
+    def _ids_at(self, query: Array, key: Array) -> tuple[Array, Array]:
+        return _at(self.ids, query), _at(self.ids if self.kv_ids is None else self.kv_ids, key)
 
 
 @jax.tree_util.register_dataclass
@@ -317,8 +322,7 @@ class QueryIs(Mask):
         return _at(self.flags, query) != 0
 
     def blocks(self, query: Blocks, key: Blocks) -> Verdict:
-        flags = _at(self.flags, query.tokens()) != 0
-        return Verdict(flags.any(axis=-1), flags.all(axis=-1))
+        return _any_and_all(_at(self.flags, query.tokens()) != 0)
 
     def __str__(self) -> str:
         return "query_is(flags)"
@@ -335,8 +339,7 @@ class KeyIs(Mask):
         return _at(self.flags, key) != 0
 
     def blocks(self, query: Blocks, key: Blocks) -> Verdict:
-        flags = _at(self.flags, key.tokens()) != 0
-        return Verdict(flags.any(axis=-1), flags.all(axis=-1))
+        return _any_and_all(_at(self.flags, key.tokens()) != 0)
 
     def __str__(self) -> str:
         return "key_is(flags)"
@@ -461,15 +464,10 @@ def mask_fn(
     """
     index = jax.ShapeDtypeStruct((), jnp.int32)
     data = (jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.result_type(x)), x) for x in (query_data, key_data))
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), scalars)
-    jaxpr = _trace("mask_fn", fn, index, index, index, *data, whole)
+    jaxpr = trace_rule("mask_fn", fn, index, index, index, *data, shapes_of(scalars), instead=COMBINE)
     if len(jaxpr.out_avals) != 1 or jaxpr.out_avals[0].shape or jaxpr.out_avals[0].dtype != bool:
         raise ValueError(f"mask_fn: the function must return one boolean for a pair, got {jaxpr.out_avals}")
-    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
-        raise ValueError(
-            "mask_fn: the function closes over an array that is traced; "
-            "hand it over in query_data, key_data or scalars, of which the function gets its entries"
-        )
+    check_closure("mask_fn", jaxpr, "query_data, key_data or scalars, of which the function gets its entries")
     if heads is None and _is_used(jaxpr.jaxpr, 0):
         raise ValueError("mask_fn: the function looks at its head; say how many there are: heads=H")
     return MaskFn(fn, query_data, key_data, scalars, 1 if heads is None else heads)
@@ -489,7 +487,8 @@ def mask_mod(fn: Callable[..., Any], *, batch: ArrayLike | None = None, heads: i
     Raises:
       ValueError: as `mask_fn` does, or if the function looks at the batch though it is not given.
     """
-    if batch is None and _is_used(_trace("mask_mod", fn, *[jax.ShapeDtypeStruct((), jnp.int32)] * 4).jaxpr, 0):
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    if batch is None and _is_used(trace_rule("mask_mod", fn, *[index] * 4, instead=COMBINE).jaxpr, 0):
         raise ValueError("mask_mod: the function looks at its batch; say which sequence it is: batch=n")
     number = jnp.int32(0) if batch is None else jnp.asarray(batch, jnp.int32)
     return mask_fn(_without_data(fn), scalars=number, heads=heads)
@@ -515,13 +514,29 @@ def causal_document_ids(mask: Mask) -> ArrayLike | None:
     return None
 
 
-def _trace(name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+def shapes_of(tree: Any) -> Any:
+    """Return shape and dtype in place of every number and array of a tree."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
+
+
+def trace_rule(name: str, fn: Callable[..., Any], *arguments: Any, instead: str) -> Any:
+    """Return the jaxpr of a function on one pair, that of a mask or a score.
+
+    Raises:
+      ValueError: if it decides something in Python; the message begins with `name` and says what to use instead.
+    """
     try:
         return jax.make_jaxpr(fn)(*arguments)
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            f"{name}: the function decides something in Python by what it is given; use jnp.where, &, | and ~"
+            f"{name}: the function decides something in Python by what it is given; use {instead}"
         ) from error
+
+
+def check_closure(name: str, jaxpr: Any, hand_over: str) -> None:
+    """Raise ValueError for a function that closes over an array that is traced, and say where to hand it over."""
+    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
+        raise ValueError(f"{name}: the function closes over an array that is traced; hand it over in {hand_over}")
 
 
 def _is_used(jaxpr: Any, argument: int) -> bool:
@@ -533,6 +548,11 @@ def _ranges_meet(query: tuple[Array, Array], key: tuple[Array, Array]) -> Verdic
     """Return what ranges of values say of equality: (lowest, highest) of each block."""
     may = (query[0] <= key[1]) & (key[0] <= query[1])
     return Verdict(may, may & (query[0] == query[1]) & (key[0] == key[1]))
+
+
+def _any_and_all(flags: Array) -> Verdict:
+    """Return what the flags of a side's tokens, (..., size), say of its blocks."""
+    return Verdict(flags.any(axis=-1), flags.all(axis=-1))
 
 
 def _at(values: ArrayLike, position: Array) -> Array:

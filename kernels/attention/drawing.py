@@ -48,11 +48,11 @@ def count_blocks(mask: BlockMask) -> BlockCounts:
     """Counts over all query blocks, of all sequences if the mask has a batch axis."""
     mask = mask.checked()
     rows, columns = mask.partial_indices.shape[-2:]
-    visited = np.logical_or(*map(np.asarray, mask.dense_blocks()))
+    partial_blocks, full_blocks = map(np.asarray, mask.dense_blocks())
     full, partial = int(mask.full_counts.sum()), int(mask.partial_counts.sum())
-    if rows == columns and not np.triu(visited, 1).any():
+    if rows == columns and _is_causal(partial_blocks, full_blocks):
         return BlockCounts(full, partial, (full + partial) / (math.prod(mask.batch) * rows * (rows + 1) / 2))
-    return BlockCounts(full, partial, (full + partial) / visited.size, "all blocks")
+    return BlockCounts(full, partial, (full + partial) / full_blocks.size, "all blocks")
 
 
 def ascii_blocks(mask: BlockMask) -> str:
@@ -94,7 +94,8 @@ def draw_masks(masks: Mapping[str, BlockMask], *, title: str, blocks: slice = sl
 
 def _draw_mask(axes: Axes, mask: BlockMask, blocks: slice) -> None:
     partial_BB, full_BB = _dense_blocks(mask)
-    if mask.checked().q_length != mask.checked().kv_length:
+    mask = mask.checked()
+    if mask.q_length != mask.kv_length:
         raise ValueError(f"a mask of one sequence can be drawn, not one of {full_BB.shape} blocks")
     first, stop, step = blocks.indices(len(full_BB))
     if step != 1 or first >= stop:
@@ -109,7 +110,7 @@ def _draw_mask(axes: Axes, mask: BlockMask, blocks: slice) -> None:
         extent=(first, stop, stop, first),
     )
     if stop - first <= 64:
-        causal = not np.triu(partial_BB | full_BB, 1).any()  # then only the lower triangle has blocks
+        causal = _is_causal(partial_BB, full_BB)  # then only the lower triangle has blocks
         for border in range(first + 1, stop):
             axes.plot([first, border if causal else stop], [border, border], color="white", linewidth=0.7)
             axes.plot([border, border], [border if causal else first, stop], color="white", linewidth=0.7)
@@ -136,10 +137,15 @@ def _sampled_kinds(mask: BlockMask, partial_BB: np.ndarray, full_BB: np.ndarray,
     heads = jnp.arange(mask.predicate.heads)[:, None, None]
     sees = np.asarray(mask.predicate.pairs(jnp.asarray(query), jnp.asarray(key), heads))
     sees = sees if sees.ndim == 2 else sees.any(axis=0)
-    above = UNTOUCHED if np.triu(partial_BB | full_BB, 1).any() else NOT_CAUSAL
+    above = NOT_CAUSAL if _is_causal(partial_BB, full_BB) else UNTOUCHED
     kinds = np.where(key // size <= query // size, UNTOUCHED, above)
     kinds = np.where(partial_BB[pair], np.where(sees, VISIBLE, MASKED), kinds)
     return np.where(full_BB[pair], FULL, kinds)
+
+
+def _is_causal(partial: np.ndarray, full: np.ndarray) -> bool:
+    """Return whether no query block, of any sequence, visits a later key block."""
+    return not np.triu(partial | full, 1).any()
 
 
 def _dense_blocks(mask: BlockMask) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,6 @@ HEAD_WIDTHS = (64, 128)
 type Saved = tuple[Array, Array, Array, Array, Array, Array, Schedule, Array | None]
 
 
-@overload
-def hopper_attention(
-    q_THK: Array, k_TJK: Array, v_TJK: Array, mask: BlockMask, scale: float,
-    *, soft_cap: float | None = ..., sinks_H: Array | None = ..., return_residual: Literal[False] = ...,
-) -> Array: ...  # fmt: skip
-@overload
-def hopper_attention(
-    q_THK: Array, k_TJK: Array, v_TJK: Array, mask: BlockMask, scale: float,
-    *, soft_cap: float | None = ..., sinks_H: Array | None = ..., return_residual: bool,
-) -> Array | tuple[Array, Array]: ...  # fmt: skip
 def hopper_attention(
     q_THK: Array,
     k_TJK: Array,
@@ -70,7 +59,7 @@ def hopper_attention(
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be above 0, got {soft_cap}; None for no cap")
     arrays = vary_together(q_THK, k_TJK, v_TJK, mask.documents, build_schedule(mask), sinks_H)
-    return _contained(scale, *arrays, soft_cap, return_residual)
+    return attend(scale, *arrays, soft_cap, return_residual, True)
 
 
 def unsupported(dtype: DTypeLike, head_width: int, block_size: int, scale: float) -> str | None:
@@ -86,7 +75,7 @@ def unsupported(dtype: DTypeLike, head_width: int, block_size: int, scale: float
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7, 8, 9))
 def attend(
     scale: float,
     q: Array,
@@ -97,19 +86,26 @@ def attend(
     sinks: Array | None = None,
     soft_cap: float | None = None,
     return_residual: bool = False,
+    contain: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Run `hopper_attention` on a schedule that was built before: what a step repeats for every layer.
 
-    For finite numbers: NaN and infinity also show where the mask hides them. To hold them back, `hopper_attention`
-    passes over its arguments once more, which costs about a third of the time of the kernels.
+    For finite numbers: NaN and infinity also show where the mask hides them. To hold them back, `contain` passes over
+    the arguments once more, which costs about a third of the time of the kernels.
+
+    Matmuls multiply masked pairs too, by 0, and 0 x NaN is NaN. So, as in xla.py, 0 takes the place of what is not
+    finite wherever it would be a right operand, and NaN stands where the kernels hide what is masked: in the scores.
     """
-    return _attention_forward(scale, q, k, v, documents, schedule, sinks, soft_cap, return_residual)[0]
+    return _forward(scale, q, k, v, documents, schedule, sinks, soft_cap, return_residual, contain)[0]
 
 
-def _attention_forward(
+def _forward(
     scale: float, q: Array, k: Array, v: Array, documents: Array, schedule: Schedule, sinks: Array | None,
-    soft_cap: float | None, return_residual: bool,
+    soft_cap: float | None, return_residual: bool, contain: bool,
 ) -> tuple[Array | tuple[Array, Array], Saved]:  # fmt: skip
+    if contain:
+        finite_TJ1 = _finite(k) & _finite(v)
+        k, v = jnp.where(finite_TJ1, k, jnp.nan), jnp.where(finite_TJ1, v, 0)
     q, k, v, sinks = first_order("block_sparse_attention", (q, k, v, sinks))
     sinks_f32 = None if sinks is None else sinks.astype(jnp.float32)
     o, lse = forward(
@@ -120,13 +116,13 @@ def _attention_forward(
     return ((o, lse.T * math.log(2)) if return_residual else o), saved
 
 
-def _attention_backward(
-    scale: float, soft_cap: float | None, return_residual: bool, saved: Saved, gradients: Array | tuple[Array, Array],
-    *, contain: bool = False,
+def _backward(
+    scale: float, soft_cap: float | None, return_residual: bool, contain: bool, saved: Saved,
+    gradients: Array | tuple[Array, Array],
 ) -> tuple[Array, Array, Array, None, None, Array | None]:  # fmt: skip
     saved, gradients = first_order("block_sparse_attention", (saved, gradients))
     q, k, v, o, lse, documents, schedule, sinks = saved
-    do, dlse = gradients if isinstance(gradients, tuple) else (gradients, None)
+    do, dlse = gradients if isinstance(gradients, tuple) else (gradients, None)  # with and without return_residual
     if dlse is not None:
         # A row that sees nothing has a constant for log-sum-exp; the kernels read a number there.
         sees = lse != -jnp.inf
@@ -152,39 +148,7 @@ def _attention_backward(
     return dq, dk, dv, None, None, -jnp.sum(weights * delta, axis=1).astype(sinks.dtype)
 
 
-attend.defvjp(_attention_forward, _attention_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7, 8))
-def _contained(
-    scale: float,
-    q: Array,
-    k: Array,
-    v: Array,
-    documents: Array,
-    schedule: Schedule,
-    sinks: Array | None,
-    soft_cap: float | None,
-    return_residual: bool,
-) -> Array | tuple[Array, Array]:
-    """Attend; what is not finite shows in what sees it alone.
-
-    Matmuls multiply masked pairs too, by 0, and 0 x NaN is NaN. So, as in xla.py, 0 takes the place of what is not
-    finite wherever it would be a right operand, and NaN stands where the kernels hide what is masked: in the scores.
-    """
-    return _contained_forward(scale, q, k, v, documents, schedule, sinks, soft_cap, return_residual)[0]
-
-
-def _contained_forward(
-    scale: float, q: Array, k: Array, v: Array, documents: Array, schedule: Schedule, sinks: Array | None,
-    soft_cap: float | None, return_residual: bool,
-) -> tuple[Array | tuple[Array, Array], Saved]:  # fmt: skip
-    finite_TJ1 = _finite(k) & _finite(v)
-    k, v = jnp.where(finite_TJ1, k, jnp.nan), jnp.where(finite_TJ1, v, 0)
-    return _attention_forward(scale, q, k, v, documents, schedule, sinks, soft_cap, return_residual)
-
-
-_contained.defvjp(_contained_forward, functools.partial(_attention_backward, contain=True))
+attend.defvjp(_forward, _backward)
 
 
 def _finite(x_THK: Array) -> Array:

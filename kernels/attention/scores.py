@@ -19,6 +19,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ..masks import check_closure, shapes_of, trace_rule
+
 
 class ScoreFn:
     """A function of a scaled score, its head, query and key; the base of all."""
@@ -102,21 +104,14 @@ def score_fn(fn: Callable[..., Any], *, scalars: Any = ()) -> ScoreFn:
         is traced.
     """
     score, index = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), scalars)
-    try:
-        jaxpr = jax.make_jaxpr(fn)(score, index, index, index, whole)
-    except jax.errors.ConcretizationTypeError as error:
-        raise ValueError(
-            "score_fn: the function decides something in Python by what it is given; use jnp.where"
-        ) from error
+    jaxpr = trace_rule("score_fn", fn, score, index, index, index, shapes_of(scalars), instead="jnp.where")
     if (
         len(jaxpr.out_avals) != 1
         or jaxpr.out_avals[0].shape
         or not jnp.issubdtype(jaxpr.out_avals[0].dtype, jnp.floating)
     ):
         raise ValueError(f"score_fn: the function must return one score for a pair, got {jaxpr.out_avals}")
-    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
-        raise ValueError("score_fn: the function closes over an array that is traced; hand it over in scalars")
+    check_closure("score_fn", jaxpr, "scalars")
     return Pointwise(fn, scalars)
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ...config import Config
 from ..layout import make_table, wrap
+from . import report
 from .turns import Job, Result, make_job
 from .worker import load_arrays, save_arrays, thin
 
@@ -207,14 +208,8 @@ def to_json(lines: Iterable[Line], results: Mapping[str, Result]) -> dict[str, A
 
 
 def headline(results: Mapping[str, Result]) -> str:
-    """Return card, date and versions on one line."""
-    sides = [results[side] for side in ("jax", "torch")]
-    versions = [
-        f"{name} {side['versions'][key]}"
-        for name, key, side in zip(("JAX", "PyTorch"), ("jax", "torch"), sides, strict=True)
-    ]
-    devices = dict.fromkeys(side["device"] for side in sides)
-    return f"{' and '.join(versions)} on {' and '.join(devices)}, {time.strftime('%Y-%m-%d')}"
+    """Return card, today's date and versions on one line."""
+    return report.headline({side: results[side] for side in ("jax", "torch")}, time.strftime("%Y-%m-%d"))
 
 
 def draw(results: Mapping[str, Result], path: Path, description: str) -> None:

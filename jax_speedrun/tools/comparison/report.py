@@ -256,18 +256,18 @@ def chart(summary: dict[str, Any], description: str) -> Figure:
     labels = [LABELS[row["part"]] + (f", window {row['window']}" if row["window"] else "") for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
-    figure.suptitle("\n".join([headline(summary), wrap(f"{description}; windows in tokens")]), fontsize=9)
+    about = headline(summary["sides"], summary["date"])
+    figure.suptitle("\n".join([about, wrap(f"{description}; windows in tokens")]), fontsize=9)
     if said := warnings(summary):
         axes.set_title("\n".join(map(wrap, said)), color="tab:red", fontsize=8)
     return figure
 
 
-def headline(summary: dict[str, Any]) -> str:
-    """Return card, date and versions on one line."""
-    sides = summary["sides"]
+def headline(sides: Mapping[str, Mapping[str, Any]], date: str) -> str:
+    """Return card, date and versions on one line, of what each side says of itself."""
     versions = [f"{NAMES[name]} {sides[name]['versions'].get(name, '')}".strip() for name in ("jax", "torch")]
     devices = dict.fromkeys(about["device"] for about in sides.values())
-    return f"{' and '.join(versions)} on {' and '.join(devices)}, {summary['date']}"
+    return f"{' and '.join(versions)} on {' and '.join(devices)}, {date}"
 
 
 def _draw_gains(axes: Axes, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -295,7 +295,6 @@ def _draw_gains(axes: Axes, rows: Sequence[dict[str, Any]], summary: dict[str, A
             ends[-1] + side * 0.02 * reach, place, text, va="center", ha="left" if side > 0 else "right", fontsize=8
         )
     # Numbers need room beside their bars; a side that nobody won needs none but for the axis' words.
-
     left, right = (1.6 * max(0.25 * reach, *(side * end for end in (*ends, *without))) for side in (-1, 1))
     axes.set_xlim(-left, right)
     ticks = [tick for tick in axes.get_xticks() if -left <= tick <= right]
